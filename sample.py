@@ -1,0 +1,434 @@
+"""Sample from a checkpoint, ours or a released REPA / iREPA one.
+
+    python sample.py --ckpt runs/demo/last.pt --cfg 2                                 a labelled grid of images, PNG
+    python sample.py --ckpt last.pt --num 50000 --npz samples.npz                     the set that fid.py scores
+    torchrun --nproc_per_node=8 sample.py --ckpt last.pt --num-images 50000 --npz samples.npz
+
+The defaults are the protocol of the reported numbers: EMA weights, SDE Euler-Maruyama with 250 steps, no guidance.
+Noise and label of image i depend on (seed, i) alone, so that its pixels are the same for any batch size or number of
+processes, to float rounding. A JSON beside the samples records every setting and the checkpoint's hash.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+
+from irepa import SIZES, Config, SiT, path_coefficients
+
+# ---------------------------------------------------------------------------------------------------------------
+# Velocity -> samples
+
+
+def guided(model, y, scale=1.0, interval=(0.0, 1.0)):
+    """velocity(x, t) of `model` for labels y [B], with classifier-free guidance where interval[0] <= t <= interval[1].
+
+    v = v_null + scale * (v_y - v_null). Scale 1 is exactly the conditional model, at one forward an evaluation.
+    velocity.for_step(t) is the same with the choice at t kept for a whole step, as the released Heun sampler does.
+    """
+    null = torch.full_like(y, model.config.num_classes)
+    dtype = next(model.parameters()).dtype
+
+    def evaluate(x, t, guide):
+        z, times = x.to(dtype), torch.as_tensor(t).to(x.device, dtype).expand(len(x))
+        if not guide:
+            return model(z, times, y)[0].to(x.dtype)
+        v, v_null = model(z.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, null]))[0].to(x.dtype).chunk(2)
+        return v_null + scale * (v - v_null)
+
+    def guides(t):
+        return scale != 1 and interval[0] <= float(t) <= interval[1]
+
+    def velocity(x, t):
+        return evaluate(x, t, guides(t))
+
+    velocity.for_step = lambda start: lambda x, t: evaluate(x, t, guides(start))
+    return velocity
+
+
+def state(noise):
+    return noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)  # MPS has no float64
+
+
+@torch.no_grad()
+def sample_ode(velocity, noise, steps, heun=False):
+    """Integrate dx/dt = velocity(x, t) from t = 1 (noise, [B, ...]) to 0 in equal Euler or Heun steps.
+
+    t is a 0-dim float64 tensor on the CPU. The state is float64; the result has the dtype of `noise`.
+    """
+    x, times = state(noise), torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    for t, t_next in zip(times[:-1], times[1:]):
+        v = velocity.for_step(t) if hasattr(velocity, "for_step") else velocity
+        slope = v(x, t)
+        if heun and t_next > 0:  # the last step stays Euler, as in the released sampler
+            slope = (slope + v(x + (t_next - t) * slope, t_next)) / 2
+        x = x + (t_next - t) * slope
+    return x.to(noise.dtype)
+
+
+@torch.no_grad()
+def sample_sde(velocity, noise, steps, generator, last_step=0.04, path="linear"):
+    """Euler-Maruyama for the reverse SDE with the velocity's marginals and diffusion w(t) = 2t (SiT, section 2.3).
+
+    t goes from 1 to `last_step` in steps-1 equal steps, then to 0 in one without noise. `generator` is one
+    torch.Generator, or a list of one for each image: then an image does not depend on its batch.
+    """
+    x = state(noise)
+    times = torch.cat([torch.linspace(1, last_step, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    for t, t_next in zip(times[:-1], times[1:]):
+        v = velocity(x, t)
+        alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
+        ratio = alpha / d_alpha
+        score = (ratio * v - x) / (sigma**2 - ratio * d_sigma * sigma)
+        w, dt = 2 * t, t_next - t
+        x = x + (v - w / 2 * score) * dt
+        if t_next > 0:
+            x = x + torch.sqrt(w * -dt) * randn(noise.shape, generator, noise.device)
+    return x.to(noise.dtype)
+
+
+def randn(shape, generator, device):
+    """Normal draws; from a list of generators, one image from each."""
+    if isinstance(generator, (list, tuple)):
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in generator]).to(device)
+    return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+
+
+def seeded(seed, index, device="cpu"):
+    """The generator of (seed, index): for one seed, another stream for each index below 2^32."""
+    # a CPU generator keeps 32 bits of its seed: a hash would let two of 50,000 images collide
+    return torch.Generator(device).manual_seed((seed * 2654435761 + index) % 2**32)
+
+
+def generate(model, labels, indices, seed=0, sampler="sde", steps=250, cfg=1.0, interval=(0.0, 1.0)):
+    """Images `indices` (ints) of sample set `seed` with labels [n] -> float [n, C, H, W] on the model's device.
+
+    FloatingPointError if an image is not finite.
+    """
+    config, device = model.config, next(model.parameters()).device
+    generators = [seeded(seed, i) for i in indices]  # on the CPU: the same numbers on any device
+    noise = randn((len(labels), config.in_channels, config.input_size, config.input_size), generators, device)
+    velocity = guided(model, labels.to(device), cfg, interval)
+    if sampler == "sde":
+        x = sample_sde(velocity, noise, steps, generators, path=config.path)
+    else:
+        x = sample_ode(velocity, noise, steps, heun=sampler == "heun")
+    if not torch.isfinite(x).all():
+        raise FloatingPointError(f"images {indices[0]} to {indices[-1]} are not finite: the checkpoint has diverged")
+    return x
+
+
+def to_uint8(x):
+    """[-1, 1] -> uint8, rounded: truncation, as in the released code, darkens by half a grey level."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images, names, path):
+    """Write uint8 [rows * columns, 3, H, W] as a PNG with names[row] before each row, enlarged to be seen."""
+    images = images.permute(0, 2, 3, 1).cpu().numpy()
+    rows, side = len(names), images.shape[1]
+    columns, zoom = len(images) // rows, max(1, 96 // side)
+    cell, font = side * zoom + 4, ImageFont.load_default(size=16)
+    margin = int(max(font.getlength(name) for name in names)) + 16
+    grid = Image.new("RGB", (margin + columns * cell, rows * cell), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, image in enumerate(images):
+        tile = Image.fromarray(image).resize((side * zoom, side * zoom), Image.Resampling.NEAREST)
+        grid.paste(tile, (margin + i % columns * cell, i // columns * cell + 2))
+    for row, name in enumerate(names):
+        draw.text((8, (row + 0.5) * cell), name, fill="black", font=font, anchor="lm")
+    grid.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints in
+
+
+def read_checkpoint(path):
+    """The dict in a .pt file, without executing anything in it. FileNotFoundError, or ValueError saying why not."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such checkpoint file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the released files hold one
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"{path} is refused: it is no checkpoint, or would run code when loaded ({line(e)})") from e
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as e:
+        raise ValueError(f"{path} is damaged or not a checkpoint ({line(e)})") from e
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, not a checkpoint")
+    return data
+
+
+def line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def load_checkpoint(path, ema=True, **overrides):
+    """-> (SiT in eval mode on the CPU, Config). Reads our files and the released REPA and iREPA ones, strictly.
+
+    A released file's config is inferred from its shapes; overrides set what shapes do not show (num_heads of an
+    unusual width, path). A missing or surplus tensor is a ValueError that names it, except that the projector,
+    which sampling does not use, may be absent.
+    """
+    data = read_checkpoint(path)
+    weights = data.get("ema" if ema else "model")
+    if weights is None and data and all(torch.is_tensor(v) for v in data.values()):
+        weights = data  # a bare state dict
+    if not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
+        raise ValueError(f"{path} has no {'ema' if ema else 'model'} weights; it holds: {', '.join(map(str, data))}")
+    weights = {released_name(k): v for k, v in weights.items()}
+    try:
+        settings = data["config"] if isinstance(data.get("config"), dict) else infer_config(weights, data.get("args"))
+        if not any(k.startswith("projectors.") for k in weights):
+            settings = {**settings, "projector": None}
+        settings = {**settings, **overrides}
+        for field in set(settings) - {f.name for f in fields(Config)}:
+            raise ValueError(f"unknown field {field!r} of Config")
+        config = Config(**settings)
+        with torch.device("meta"):  # no initialisation: every tensor comes from the file
+            model = SiT(config)
+    except (ValueError, TypeError, KeyError, IndexError) as e:
+        raise ValueError(f"{path}: no config fits its tensors: {line(e)}") from e
+    expected = model.state_dict()
+    problems = [f"missing {k}" for k in expected if k not in weights]
+    problems += [f"surplus {k}" for k in weights if k not in expected]
+    problems += [
+        f"{k} is {list(weights[k].shape)}, not {list(v.shape)}"
+        for k, v in expected.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:5])} ({len(problems)} in all)")
+    model.load_state_dict({k: v.float().clone() for k, v in weights.items()}, assign=True)
+    return model.requires_grad_(False).eval(), config
+
+
+def released_name(key):
+    """Without the prefixes of DDP and torch.compile, and with REPA's projectors.0.{0,2,4} under iREPA's name."""
+    while key.startswith(("module.", "_orig_mod.")):
+        key = key.split(".", 1)[1]
+    parts = key.split(".")
+    if parts[0] == "projectors" and len(parts) == 4 and parts[2].isdigit():
+        key = f"projectors.{parts[1]}.projection_layer.{parts[2]}.{parts[3]}"
+    return key
+
+
+def infer_config(weights, args=None):
+    """The Config fields that a released state dict shows by its shapes, and its args (a Namespace, or None) by name."""
+    if "x_embedder.proj.weight" not in weights:
+        raise ValueError("x_embedder.proj.weight is missing: these are not the weights of a SiT")
+    width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    by_width = {w: (heads, encoder_depth) for _, w, heads, encoder_depth in SIZES.values()}
+    heads, encoder_depth = by_width.get(width, (1, 1))
+    depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+    settings = dict(
+        input_size=round(weights["pos_embed"].shape[1] ** 0.5) * patch,
+        patch_size=patch,
+        in_channels=channels,
+        hidden_size=width,
+        depth=depth,
+        num_heads=heads,
+        num_classes=weights["y_embedder.embedding_table.weight"].shape[0] - 1,
+        qk_norm="blocks.0.attn.q_norm.weight" in weights,
+        path=getattr(args, "path_type", "linear"),
+        encoder_depth=min(getattr(args, "encoder_depth", encoder_depth), depth),
+    )
+    layer = "projectors.0.projection_layer"
+    if f"{layer}.4.weight" in weights:
+        hidden = weights[f"{layer}.0.weight"].shape[0]
+        settings.update(projector="mlp", projector_dim=hidden, encoder_dim=weights[f"{layer}.4.weight"].shape[0])
+        settings.update(gamma=None, proj_coeff=0.5)
+    elif f"{layer}.weight" in weights:
+        shape = weights[f"{layer}.weight"].shape
+        settings.update(projector="conv" if len(shape) == 4 else "linear", encoder_dim=shape[0])
+        settings.update(kernel_size=shape[2] if len(shape) == 4 else 3)
+    else:
+        settings.update(projector=None)
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--ckpt", required=True, metavar="FILE", help="checkpoint: train.py's last.pt, or a released .pt")
+    add("--no-ema", action="store_true", help="use the live weights instead of their moving average")
+    # torchrun takes a bare --num for an abbreviation of an option of its own: hence the longer name
+    add("--num", "--num-images", type=int, help="number of images; for a grid: 8 of each of the first 10 labels")
+    add("--npz", metavar="FILE", help="write arr_0, uint8 [N, H, W, 3], and labels, int64 [N]")
+    add("--out-dir", metavar="DIR", help="write numbered PNGs into a new folder")
+    add("--labels", default="random", help="random, balanced (i modulo classes), or a list to cycle through: 3,7")
+    add("--sampler", default="sde", choices=("sde", "euler", "heun"), help="sde is the one of reported numbers")
+    add("--steps", type=int, default=250, help="steps from noise to image")
+    add("--cfg", type=float, default=1.0, help="guidance scale; 1 is none")
+    add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="guide for t in [LO, HI]")
+    add("--seed", type=int, default=0, help="names the sample set; image i depends on (seed, i)")
+    add("--batch-size", type=int, default=64, help="images at a time on each process")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    return parser
+
+
+def pick_device(name):
+    """torch.device for --device: 'auto' is this process's GPU, else MPS, else the CPU. ValueError if it is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name} cannot be used here: {line(e)}") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def start_ranks(device):
+    """(rank, world size); joins the process group when torchrun started us: nccl on GPUs, else gloo."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def choose_labels(spec, indices, num_classes, seed):
+    """The label of each image: [n] int64, a function of (spec, seed, index) alone."""
+    if spec == "random":
+        return torch.tensor([int(torch.randint(num_classes, (), generator=seeded(~seed, i))) for i in indices])
+    if spec == "balanced":
+        return torch.tensor([i % num_classes for i in indices])
+    try:
+        wanted = [int(part) for part in spec.split(",")]
+    except ValueError:
+        raise ValueError(f"--labels {spec}: write random, balanced, or numbers such as 3,7") from None
+    if not all(0 <= label <= num_classes for label in wanted):
+        raise ValueError(f"--labels {spec}: classes are 0 to {num_classes - 1}, and {num_classes} for none")
+    return torch.tensor([wanted[i % len(wanted)] for i in indices])
+
+
+def versions():
+    """What a result depends on besides its settings."""
+    folder = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+    inside = git.returncode == 0 and (folder / ".git").exists()
+    return dict(
+        git_commit=git.stdout.strip() if inside else None,
+        torch=str(torch.__version__),
+        numpy=np.__version__,
+        python=sys.version.split()[0],
+    )
+
+
+def beside(target):
+    """The JSON that goes with samples.npz, grid.png or a folder of PNGs."""
+    return Path(f"{target.with_suffix('') if target.suffix in ('.npz', '.png') else target}.json")
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.npz and args.out_dir:
+            raise ValueError("--npz or --out-dir, not both")
+        if (args.npz or args.out_dir) and not args.num:
+            raise ValueError("say how many images: --num 50000 for a reported FID")
+        if min(args.steps, args.batch_size, args.num or 1) < 1:
+            raise ValueError("--steps, --batch-size and --num must be at least 1")
+        device = pick_device(args.device)
+        model, config = load_checkpoint(args.ckpt, ema=not args.no_ema)
+        if config.in_channels != 3:
+            raise ValueError(f"{args.ckpt} makes {config.in_channels}-channel latents; only pixels are decoded here")
+        data = read_checkpoint(args.ckpt)
+        step, names = data.get("step", data.get("steps")), data.get("classes")
+        if args.npz or args.out_dir:
+            target = Path(args.npz or args.out_dir)
+        else:  # a grid, with a row for each label
+            few = ",".join(map(str, range(min(10, config.num_classes)))) if args.labels == "random" else args.labels
+            rows = sorted(set(choose_labels(few, range(args.num or 10), config.num_classes, args.seed).tolist()))
+            columns = max(1, args.num // len(rows)) if args.num else 8
+            args.num, args.labels = columns * len(rows), ",".join(str(row) for row in rows for _ in range(columns))
+            rows = [names[row] if names and row < len(names) else str(row) for row in rows]
+            stem = f"{Path(args.ckpt).with_suffix('')}-{args.sampler}{args.steps}-cfg{args.cfg:g}-seed{args.seed}"
+            free = (Path(f"{stem}{n}.png") for n in itertools.chain([""], map("-{}".format, itertools.count(2))))
+            target = next(path for path in free if not path.exists())
+        choose_labels(args.labels, [0], config.num_classes, args.seed)
+        for out in (target, beside(target)):
+            if out.exists():
+                raise ValueError(f"{out} exists and is left as it is; choose another name")
+    except (ValueError, OSError) as e:
+        parser.error(line(e))
+    rank, world = start_ranks(device)
+    model.projectors = torch.nn.ModuleList()  # not used to sample
+    model.to(device)
+    if args.out_dir:
+        target.mkdir(parents=True, exist_ok=True)
+    else:  # every process writes its rows of one file, which becomes the npz or the grid
+        part = Path(f"{target}.part.npy")
+        shape = (args.num, config.input_size, config.input_size, 3)
+        if rank == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(part, "w+", np.uint8, shape).flush()
+        if world > 1:
+            dist.barrier()
+        sink = np.lib.format.open_memmap(part, "r+")
+
+    from tqdm import tqdm  # late: --help need not wait for it
+
+    mine = range(rank, args.num, world)
+    with tqdm(total=len(mine), unit="img", desc="sampling", disable=rank > 0) as bar:
+        for start in range(0, len(mine), args.batch_size):
+            indices = mine[start : start + args.batch_size]
+            labels = choose_labels(args.labels, indices, config.num_classes, args.seed)
+            x = generate(model, labels, indices, args.seed, args.sampler, args.steps, args.cfg, args.cfg_interval)
+            images = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+            for i, image in zip(indices, images):
+                if args.out_dir:
+                    Image.fromarray(image).save(target / f"{i:06d}.png")
+                else:
+                    sink[i] = image
+            bar.update(len(indices))
+    if not args.out_dir:
+        sink.flush()
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        labels = choose_labels(args.labels, range(args.num), config.num_classes, args.seed)
+        if args.npz:
+            np.savez(f"{target}.part.npz", arr_0=sink, labels=labels.numpy())  # streamed from the memory map
+            os.replace(f"{target}.part.npz", target)
+        elif not args.out_dir:
+            save_grid(torch.tensor(np.array(sink)).permute(0, 3, 1, 2), rows, target)
+        if not args.out_dir:
+            part.unlink()
+        with open(args.ckpt, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        record = dict(vars(args), step=step, checkpoint_sha256=digest, config=asdict(config), processes=world)
+        record["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        record["labels_of_images"] = labels.tolist() if args.out_dir else None
+        beside(target).write_text(json.dumps({**record, **versions()}, indent=1) + "\n")
+        print(f"{args.num} images in {target}, every setting in {beside(target)}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,673 @@
+"""python -m pytest -q test_irepa.py: the whole project on a CPU, without a download, in about two minutes."""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import irepa
+import sample
+import train
+from inputs.images import BrokenImage, Folder, Shapes
+from inputs.teachers import load_encoder
+from irepa import Config, SiT, alignment_loss, interpolate, irepa_loss, spatial_norm
+
+torch.set_num_threads(2)
+HERE = Path(__file__).parent
+TINY = dict(
+    input_size=8,
+    hidden_size=96,
+    depth=4,
+    num_heads=4,
+    encoder_depth=2,
+    encoder_dim=24,
+    projector_dim=64,
+    num_classes=10,
+)
+RUN = (
+    "--image-size 16 --model SiT-S/4 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4 --lr 1e-3"
+    " --log-every 2 --ckpt-every 3 --device cpu --precision fp32"
+).split()
+
+
+def fill(model, strong=False):
+    """Weights that depend on their names alone."""
+    for name, p in model.state_dict().items():
+        if name != "pos_embed":
+            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape))
+            scale = 1.5 / math.sqrt(np.prod(p.shape[1:])) if p.dim() > 1 else 0.1
+            draw = draw * (scale if strong else 0.05) + (strong and name.endswith("norm.weight"))
+            p.copy_(torch.from_numpy(draw.astype(np.float32)))
+    return model.eval()
+
+
+def normal(seed, *shape):
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Two classes of twelve 20x18 images each, one folder further down than the other."""
+    root = tmp_path_factory.mktemp("photos")
+    for k, folder in enumerate(("cats", "deep/er/dogs")):
+        (root / folder).mkdir(parents=True)
+        for i in range(12):
+            pixels = np.random.RandomState(100 * k + i).randint(0, 256, (18, 20, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / folder / f"{i}.{'PNG' if i % 2 else 'png'}")
+    return root
+
+
+def run(*flags):
+    train.main([str(flag) for flag in flags])
+
+
+def weights(out, which="model"):
+    return torch.load(Path(out) / "last.pt", weights_only=True)[which]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The method
+
+
+def test_default_is_irepa():
+    c = Config()
+    assert (c.projector, c.kernel_size, c.gamma, c.proj_coeff) == ("conv", 3, 0.6, 1.0)
+    layer = SiT(Config(**TINY)).projectors[0].projection_layer
+    assert isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3) and layer.bias is not None
+
+
+def test_spatial_norm_is_its_formula():
+    z = normal(0, 2, 16, 5).double() * 3 + 1
+    expected = torch.empty_like(z)
+    for b in range(2):
+        for d in range(5):
+            tokens = z[b, :, d].tolist()
+            mean = sum(tokens) / 16
+            std = math.sqrt(sum((v - mean) ** 2 for v in tokens) / 15)
+            expected[b, :, d] = torch.tensor([(v - 0.6 * mean) / (std + 1e-6) for v in tokens])
+    torch.testing.assert_close(spatial_norm(z, 0.6), expected.float(), rtol=1e-5, atol=1e-5)
+    constant = spatial_norm(torch.full((1, 16, 3), 7.0, dtype=torch.bfloat16), 0.6)
+    assert constant.dtype == torch.float32 and torch.isfinite(constant).all()
+
+
+@pytest.mark.parametrize("row,column", [(0, 1), (2, 1), (1, 0), (1, 2)])
+def test_conv_projector_keeps_the_token_grid(row, column):
+    projector = irepa.Projector("conv", 3, 3)
+    with torch.no_grad():
+        projector.projection_layer.weight.zero_()
+        projector.projection_layer.bias.zero_()
+        for d in range(3):
+            projector.projection_layer.weight[d, d, row, column] = 1
+        tokens = normal(1, 2, 16, 3)
+        shifted = projector(tokens).view(2, 4, 4, 3)
+    padded = torch.nn.functional.pad(tokens.view(2, 4, 4, 3), (0, 0, 1, 1, 1, 1))
+    assert torch.equal(shifted, padded[:, row : row + 4, column : column + 4])
+
+
+COUNTS = {"S": 32_858_896, "B": 130_303_504, "L": 457_824_272, "XL": 674_816_272}  # patch 2, 4 channels
+
+
+@pytest.mark.parametrize("name", [f"SiT-{s}/{p}" for s in irepa.SIZES for p in irepa.PATCHES])
+def test_named_sizes(name):
+    size, patch = name[4:].split("/")
+    with torch.device("meta"):
+        model = SiT(Config.named(name, projector=None))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    width = model.config.hidden_size
+    patches = 4 * (int(patch) ** 2 - 4) * (2 * width + 1)  # patch embedding, last layer and its bias
+    assert trainable == COUNTS[size] + patches
+    model = SiT(Config.named(name, depth=2, num_classes=10, encoder_dim=8))
+    v, z = model(normal(0, 2, 4, 32, 32), torch.tensor([0.1, 0.9]), torch.tensor([1, 10]))
+    assert v.shape == (2, 4, 32, 32) and not v.any() and z.shape == (2, (32 // int(patch)) ** 2, 8)
+
+
+def test_unknown_names_are_errors_that_list_what_there_is():
+    for call, listed in (
+        (lambda: Config.named("SiT-M/2"), "SiT-XL/2"),
+        (lambda: Config.named("SiT-S/3"), "SiT-S/4"),
+        (lambda: Config.named("SiT-S/2", patches=2), "patch_size"),
+        (lambda: Config(input_size=30, patch_size=4), "multiple"),
+        (lambda: Config(depth=4, encoder_depth=8), "encoder_depth"),
+    ):
+        with pytest.raises(ValueError, match=listed):
+            call()
+
+
+def test_unpatchify_inverts_the_patch_order():
+    model = SiT(Config(**TINY))
+    x = normal(3, 2, 4, 8, 8)
+    patches = x.view(2, 4, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 16)  # (h, w), then (p, q, c)
+    assert torch.equal(model.unpatchify(patches), x)
+    # and the patch embedding reads tokens in the same row-major order
+    with torch.no_grad():
+        model.x_embedder.proj.weight.zero_()
+        model.x_embedder.proj.bias.zero_()
+        model.x_embedder.proj.weight[0, 0, 0, 0] = 1
+        assert torch.equal(model.x_embedder(x)[..., 0], x[:, 0, ::2, ::2].flatten(1))
+
+
+NUMBERS = [  # projector, qk_norm, mean v^2, three entries of v, two of z
+    ("mlp", False, 3.697918, [-0.333957, -2.749124, 0.916266], [-1.994088, 2.339434]),
+    ("linear", False, 3.697918, [-0.333957, -2.749124, 0.916266], [-6.418239, 5.500721]),
+    ("conv", True, 3.823385, [-0.491907, -2.665686, 1.321012], [0.159795, -5.058365]),
+    ("conv", False, 3.697918, [-0.333957, -2.749124, 0.916266], [0.48148, -3.88308]),
+]
+ALIGN = 0.025293
+HOG = [0.015196, 0.148627, 0.119787, 0.009257]
+
+
+def test_numbers_of_the_released_code():
+    # taken from this network when it reproduced the released one, on the same weights, to 1e-6
+    x, feat = normal(0, 3, 4, 8, 8), normal(1, 3, 16, 24)
+    t, y = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([1, 10, 7])
+    for kind, qk_norm, v_sum, v_some, z_some in NUMBERS:
+        model = fill(SiT(Config(**TINY, projector=kind, qk_norm=qk_norm)), strong=True)
+        with torch.no_grad():
+            v, z = model(x, t, y)
+        got = torch.stack([v.square().mean(), v[0, 0, 0, 0], v[1, 1, 3, 5], v[2, 3, 7, 7], z[0, 0, 0], z[1, 7, 11]])
+        torch.testing.assert_close(got, torch.tensor([v_sum, *v_some, *z_some]), rtol=1e-4, atol=1e-4)
+    normed = spatial_norm(feat, 0.6)
+    assert alignment_loss(z, normed).item() == pytest.approx(ALIGN, abs=1e-5)
+
+
+def test_alignment_reaches_no_block_after_its_depth():
+    config = Config(**TINY)
+    model = fill(SiT(config), strong=True)
+    batch = normal(0, 2, 4, 8, 8), torch.tensor([1, 2]), normal(1, 2, 16, 24)
+    irepa_loss(model, *batch, config)["align"].backward()
+    touched = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in model.blocks]
+    assert touched == [True, True, False, False]
+    assert not any(p.grad is not None and p.grad.any() for p in model.final_layer.parameters())
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_target_velocity_is_the_derivative_of_the_path(path):
+    x, noise = normal(0, 4, 3).double(), normal(1, 4, 3).double()
+    t = torch.tensor([0.05, 0.3, 0.7, 0.95], dtype=torch.float64)
+    _, derivative = torch.func.jvp(lambda t: interpolate(x, noise, t, path)[0], (t,), (torch.ones_like(t),))
+    torch.testing.assert_close(interpolate(x, noise, t, path)[1], derivative)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(interpolate(x[:2], noise[:2], ends, path)[0], torch.stack([x[0], noise[1]]))
+
+
+def test_loss_is_its_formula_and_parts_make_a_whole():
+    config = Config(**TINY, gamma=0.6, proj_coeff=0.7)
+    model = fill(SiT(config), strong=True).train()
+    x, y, target = normal(0, 4, 4, 8, 8), torch.arange(4), normal(1, 4, 16, 24)
+
+    def loss(part=(0, 1), rows=slice(None)):
+        return irepa_loss(model, x[rows], y[rows], target[rows], config, torch.Generator().manual_seed(5), part)
+
+    whole = loss()
+    halves = [loss((i, 2), slice(2 * i, 2 * i + 2)) for i in range(2)]
+    for key in whole:
+        torch.testing.assert_close(whole[key], (halves[0][key] + halves[1][key]) / 2)
+    torch.testing.assert_close(whole["loss"], whole["denoise"] + 0.7 * whole["align"])
+    g = torch.Generator().manual_seed(5)
+    t, noise, drop = torch.rand(4, generator=g), torch.randn(x.shape, generator=g), torch.rand(4, generator=g)
+    x_t = (1 - t).view(-1, 1, 1, 1) * x + t.view(-1, 1, 1, 1) * noise
+    v, z = model(x_t, t, torch.where(drop < 0.1, 10, y))
+    torch.testing.assert_close(whole["denoise"], ((v - (noise - x)) ** 2).mean())
+    a, b = z, spatial_norm(target, 0.6)
+    torch.testing.assert_close(whole["align"], -((a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)).mean())
+    with pytest.raises(ValueError, match=r"4\^2 tokens"):
+        irepa_loss(model, x, y, target[:, :9], config)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def gaussian(t, path, mean=0.7, std=0.3):
+    """The exact velocity for data N(mean, std^2): E[d x_t / dt | x_t]."""
+    alpha, sigma, d_alpha, d_sigma = irepa.path_coefficients(torch.as_tensor(t, dtype=torch.float64), path)
+    slope = (d_alpha * alpha * std**2 + d_sigma * sigma) / (alpha**2 * std**2 + sigma**2)
+    return lambda x: d_alpha * mean + slope * (x - alpha * mean)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_samplers_carry_noise_to_a_known_gaussian(path):
+    noise = normal(0, 20_000, 1).double()
+    x = sample.sample_ode(lambda x, t: gaussian(t, path)(x), noise, 200, heun=True)
+    torch.testing.assert_close(x, 0.7 + 0.3 * noise, rtol=0, atol=2e-3)  # point by point
+    euler = sample.sample_ode(lambda x, t: gaussian(t, path)(x), noise, 200)
+    torch.testing.assert_close(euler, 0.7 + 0.3 * noise, rtol=0, atol=5e-2)
+    generator = torch.Generator().manual_seed(0)
+    x = sample.sample_sde(lambda x, t: gaussian(t, path)(x), noise, 250, generator, path=path)
+    assert x.mean().item() == pytest.approx(0.7, abs=0.01) and x.std().item() == pytest.approx(0.3, abs=0.02)
+    assert abs(torch.corrcoef(torch.stack([x[:, 0], noise[:, 0]]))[0, 1]) < 0.7  # and it is not the ODE
+
+
+class Counting(torch.nn.Module):
+    """A model of known velocity that counts its forwards: v = x * t + y."""
+
+    config = Config(num_classes=10)
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.sizes = torch.nn.Parameter(torch.ones(())), []
+
+    def forward(self, x, t, y):
+        self.sizes.append(len(x))
+        return self.scale * x * t.view(-1, 1, 1, 1) + y.view(-1, 1, 1, 1), None
+
+
+def test_guidance():
+    x, y = normal(0, 2, 4, 2, 2), torch.tensor([1, 2])
+    model = Counting()
+    with torch.no_grad():
+        plain = sample.sample_ode(lambda x, t: model(x.float(), t.float().expand(2), y)[0].double(), x, 7)
+        model.sizes.clear()
+        assert torch.equal(sample.sample_ode(sample.guided(model, y, 1.0), x, 7), plain)
+        assert model.sizes == [2] * 7
+        velocity = sample.guided(model, y, 3.0, (0.2, 0.5))
+        for t, expected in ((0.2, 10 + 3 * (y - 10)), (0.5, 10 + 3 * (y - 10)), (0.51, y), (0.19, y)):
+            model.sizes.clear()
+            got = velocity(x, torch.tensor(t, dtype=torch.float64))
+            assert model.sizes == ([4] if 0.2 <= t <= 0.5 else [2])
+            torch.testing.assert_close(got, x * t + expected.view(-1, 1, 1, 1).float())
+
+
+@pytest.mark.parametrize("sampler", ["sde", "heun"])
+def test_samples_depend_on_seed_and_index_alone(sampler):
+    model = fill(SiT(Config(**TINY)), strong=True)
+    labels = sample.choose_labels("random", range(5), 10, seed=3)
+    settings = dict(seed=3, sampler=sampler, steps=4, cfg=2.0)
+    together = sample.generate(model, labels, range(5), **settings)
+    apart = [sample.generate(model, labels[i : i + 1], [i], **settings) for i in (4, 0, 2)]
+    torch.testing.assert_close(torch.cat(apart), together[[4, 0, 2]], rtol=1e-5, atol=1e-5)
+    other = sample.generate(model, labels, range(5), **{**settings, "seed": 4})
+    assert (other - together).abs().mean() > 0.1
+    assert len({sample.seeded(0, i).initial_seed() for i in range(1000)}) == 1000
+
+
+def test_rounding():
+    assert sample.to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 3.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def released(kind, path, **extra):
+    """A file as REPA or iREPA publish it -> its weights under our names."""
+    model = fill(SiT(Config(**{**TINY, "hidden_size": 384, "num_heads": 6, "encoder_depth": 3}, projector=kind)))
+    state = {"module._orig_mod." + k: v for k, v in model.state_dict().items()}
+    if kind == "mlp":  # REPA's own name of it
+        state = {k.replace("projection_layer.", ""): v for k, v in state.items()}
+    args = argparse.Namespace(encoder_depth=3, path_type="linear", lr=1e-4)
+    torch.save(dict(model=state, ema=state, opt={}, args=args, steps=7, **extra), path)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "linear", None])
+def test_released_checkpoints_load_strictly(tmp_path, kind):
+    state = released(kind, tmp_path / "0400000.pt")
+    model, config = sample.load_checkpoint(tmp_path / "0400000.pt")
+    assert (config.projector, config.encoder_depth if kind else 3, config.num_heads) == (kind, 3, 6)
+    assert (config.input_size, config.num_classes, config.qk_norm) == (8, 10, False)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_state_dict_names_are_the_released_ones():
+    block = "attn.qkv attn.proj mlp.fc1 mlp.fc2 adaLN_modulation.1".split()
+    layers = [f"blocks.{i}.{layer}" for i in range(4) for layer in block]
+    layers += (
+        "x_embedder.proj t_embedder.mlp.0 t_embedder.mlp.2 final_layer.linear final_layer.adaLN_modulation.1".split()
+    )
+    names = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    names |= {"pos_embed", "y_embedder.embedding_table.weight"}
+    for kind, ours in (("conv", [""]), ("linear", [""]), ("mlp", ["0.", "2.", "4."]), (None, [])):
+        more = {f"projectors.0.projection_layer.{n}{k}" for n in ours for k in ("weight", "bias")}
+        assert SiT(Config(**TINY, projector=kind)).state_dict().keys() == names | more
+    qk = {f"blocks.3.attn.{n}_norm.{k}" for n in "qk" for k in ("weight", "bias")}
+    assert qk <= SiT(Config(**TINY, qk_norm=True)).state_dict().keys()
+
+
+def test_bad_checkpoints_are_named_errors(tmp_path):
+    state = released("conv", tmp_path / "good.pt")
+
+    def refused(data, message):
+        torch.save(data, tmp_path / "bad.pt")
+        with pytest.raises(ValueError, match=message):
+            sample.load_checkpoint(tmp_path / "bad.pt")
+
+    lacking = {k: v for k, v in state.items() if k != "blocks.2.mlp.fc1.bias"}
+    refused(dict(ema=lacking), "missing blocks.2.mlp.fc1.bias")
+    refused(dict(ema={**state, "extra.weight": torch.ones(1)}), "surplus extra.weight")
+    refused(dict(ema={**state, "blocks.0.attn.proj.bias": torch.ones(3)}), r"attn.proj.bias is \[3\]")
+    refused(dict(model=state), "no ema weights")
+    refused([1, 2], "holds a list")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:50_000])
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    for name in ("cut.pt", "text.pt"):
+        with pytest.raises(ValueError, match=name):
+            sample.load_checkpoint(tmp_path / name)
+    without = {k: v for k, v in state.items() if "projector" not in k}  # files for evaluation only
+    torch.save(dict(ema=without), tmp_path / "eval.pt")
+    assert sample.load_checkpoint(tmp_path / "eval.pt")[1].projector is None
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda data, path: path.write_bytes(pickle.dumps(data))])
+def test_a_malicious_pickle_is_refused(tmp_path, monkeypatch, save):
+    monkeypatch.chdir(tmp_path)
+    save(dict(ema=Evil()), tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt"):
+        sample.load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the loop is fed
+
+
+def test_images_of_every_kind(tmp_path):
+    rgb = Image.fromarray(np.random.RandomState(0).randint(0, 256, (24, 36, 3)).astype(np.uint8))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b c é").mkdir()
+    alpha = rgb.convert("RGBA")
+    alpha.putalpha(Image.new("L", rgb.size, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    turned = Image.new("RGB", (32, 16), "black")
+    turned.paste("white", (0, 0, 16, 16))
+    deep = Image.fromarray((np.arange(256 * 16, dtype=np.uint16) * 16).reshape(64, 64))
+    for name, image, more in (
+        ("a/gray.JPG", rgb.convert("L"), {}),
+        ("a/palette.png", rgb.convert("P"), {}),
+        ("a/alpha.png", alpha, {}),
+        ("a/cmyk.jpg", rgb.convert("CMYK"), {}),
+        ("b c é/exif.jpeg", turned, dict(exif=exif)),
+        ("b c é/16bit.png", deep, {}),
+        ("b c é/small.bmp", rgb.resize((3, 2)), {}),
+    ):
+        image.save(tmp_path / name, **more)
+    data = Folder(tmp_path, 16, progress=False)
+    images, labels = data[np.arange(len(data))]
+    assert images.shape == (7, 3, 16, 16) and data.classes == ["a", "b c é"] and labels.tolist() == [0] * 4 + [1] * 3
+    named = dict(zip((Path(f).name for f in data.files), images))
+    assert (named["alpha.png"] == 255).all()  # nothing but white shows through
+    assert named["exif.jpeg"][:, :5].float().mean() > 200 > 50 > named["exif.jpeg"][:, -5:].float().mean()
+    assert named["16bit.png"].float().mean() == pytest.approx(127, abs=2)
+    assert torch.equal(named["gray.JPG"][0], named["gray.JPG"][2])
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as z:
+        for file in data.files:
+            z.write(tmp_path / file, f"inside/{file}")
+        z.writestr("__MACOSX/a/._gray.jpg", b"resource fork")
+    zipped = Folder(tmp_path / "all.zip", 16, progress=False)
+    assert zipped.classes == data.classes and torch.equal(zipped[np.arange(7)][0], images)
+
+
+def test_bad_data_is_a_named_error(photos, tmp_path):
+    def refused(message, path, kind=ValueError, **settings):
+        with pytest.raises(kind, match=message):
+            Folder(path, 16, progress=False, **settings)
+
+    refused("does not exist", tmp_path / "nowhere", FileNotFoundError)
+    (tmp_path / "none").mkdir()
+    refused("holds no images", tmp_path / "none")
+    refused("one class only", photos / "cats")
+    (tmp_path / "x.zip").write_bytes(b"PK nonsense")
+    refused("neither a folder nor a zip", tmp_path / "x.zip")
+    broken = tmp_path / "broken"
+    for folder in ("one", "two"):
+        (broken / folder).mkdir(parents=True)
+        Image.new("RGB", (64, 64), "red").save(broken / folder / "good.jpg")
+    (broken / "two/cut.jpg").write_bytes((broken / "two/good.jpg").read_bytes()[:400])
+    (broken / "two/empty.png").write_bytes(b"")
+    refused("two/cut.jpg.*1 more.*--skip-broken", broken, BrokenImage)
+    data = Folder(broken, 16, skip_broken=True, progress=False)
+    assert len(data) == 2 and len(data.broken) == 2 and "cut.jpg" in data.broken[0]
+
+
+def test_shapes_are_drawn_from_index_and_seed():
+    first, again, other = Shapes(16, 40), Shapes(16, 40), Shapes(16, 40, seed=1)
+    i = np.arange(20)
+    assert torch.equal(first[i][0], again[i][0]) and not torch.equal(first[i][0], other[i][0])
+    assert first[i][1].tolist() == [*range(10)] * 2 and len(first.classes) == 10
+
+
+def test_hog():
+    hog = load_encoder("hog", grid=4)
+    images = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 32, 32)).astype(np.uint8))
+    tokens = hog(images)
+    assert tokens.shape == (2, 16, hog.dim)
+    some = torch.stack([tokens[0, 0, 0], tokens[0, 5, 17], tokens[1, 10, 64], tokens[1, 15, 127]])
+    torch.testing.assert_close(some, torch.tensor(HOG), rtol=1e-4, atol=1e-6)  # scikit-image's, on these pixels
+    ramp = torch.arange(32, dtype=torch.uint8).mul(8)
+    across = hog(ramp.expand(1, 3, 32, 32))  # a horizontal gradient votes for direction 0 alone
+    down = hog(ramp[:, None].expand(1, 3, 32, 32))  # a vertical one for 90 degrees
+    assert across.view(16, 16, 8)[..., 1:].abs().max() == 0 < across.view(16, 16, 8)[..., 0].min()
+    assert down.view(16, 16, 8).sum((0, 1)).argmax() == 4
+    with pytest.raises(ValueError, match="at least 8 px"):
+        hog(images[..., :6, :6])
+
+
+def test_timm_teacher(tmp_path):
+    name = "timm:vit_tiny_patch16_224.augreg_in21k"
+    teacher = load_encoder(name, grid=4, weights="random")
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    tokens = teacher(images)
+    assert tokens.shape == (2, 16, 192) == (2, 16, teacher.dim) and not tokens.requires_grad
+    x = torch.nn.functional.interpolate((images / 255 - 0.5) / 0.5, (64, 64), mode="bicubic")  # this one's config
+    torch.testing.assert_close(teacher(images), teacher.model.forward_features(x)[:, 1:], rtol=1e-4, atol=1e-4)
+
+    import timm
+
+    full = timm.create_model("vit_tiny_patch16_224.augreg_in21k").state_dict()
+    torch.save(full, tmp_path / "full.pth")
+    loaded = load_encoder(name, 4, tmp_path / "full.pth").model.state_dict()
+    assert torch.equal(loaded["blocks.3.attn.qkv.weight"], full["blocks.3.attn.qkv.weight"])
+    assert loaded["pos_embed"].shape == (1, 17, 192) and full["pos_embed"].shape == (1, 197, 192)
+    torch.save({f"module.base_encoder.{k}": v for k, v in full.items()}, tmp_path / "foreign.pth")
+    with pytest.raises(ValueError, match="foreign.pth does not fit"):  # and does not load nothing in silence
+        load_encoder(name, 4, tmp_path / "foreign.pth")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_encoder(name, 4, tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="not a ViT"):
+        load_encoder("timm:resnet18", 4, "random")
+    with pytest.raises(ValueError, match="unknown encoder"):
+        load_encoder("dino", 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def settings(*flags):
+    return train.resolve(train.build_parser(), ["--out", "not/there", *flags])[0]
+
+
+def test_flags_win_over_presets_and_presets_over_defaults(capsys):
+    def five(*flags):
+        config = train.network(settings("--image-size", "32", "--model", "SiT-S/4", *flags))
+        return config.projector, config.kernel_size, config.gamma, config.proj_coeff, config.encoder_depth
+
+    assert five() == five("--method", "irepa") == ("conv", 3, 0.6, 1.0, 4)
+    assert five("--method", "repa") == ("mlp", 3, None, 0.5, 4)
+    assert five("--method", "sit")[0] is None
+    assert five("--gamma", "0.8", "--method", "repa", "--proj-coeff", "1") == ("mlp", 3, 0.8, 1.0, 4)
+    assert five("--kernel-size", "1", "--gamma", "none", "--encoder-depth", "7") == ("conv", 1, None, 1.0, 7)
+    assert five("--depth", "2")[4] == 2
+    assert train.network(settings("--image-size", "32", "--model", "SiT-L/4")).encoder_depth == 8
+    args = settings("--encoder", "dinov2_vitb14")  # the paper's
+    assert (args.model, args.image_size, args.batch_size, args.lr, args.clip) == ("SiT-XL/2", 256, 256, 1e-4, 1.0)
+    assert (args.ema, args.steps, args.data, args.warmup) == (0.9999, 400_000, "data/imagenet/train", 0)
+    assert settings("--demo", "--steps", "7").steps == 7
+    with pytest.raises(SystemExit) as stop:
+        settings("--kernel", "3", "--lerning-rate", "1")
+    assert stop.value.code == 2 and "--lerning-rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--data nowhere", "nowhere does not exist"),
+        ("--image-size 18", "18 is not a multiple of patch_size 4"),
+        ("--batch-size 9 --accumulate 2", "does not divide"),
+        ("--model SiT-M/4", "there are SiT-S/1"),
+        ("--encoder nothing", "unknown encoder"),
+        ("--depth 4 --encoder-depth 5", "encoder_depth 5"),
+        ("--resume", "does not exist"),
+        ("--device tpu9", "cannot be used"),
+        ("--steps 0", "must be positive"),
+        ("--image-size 512", "16384 tokens"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_exit_2(photos, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        run(*RUN, "--data", photos, "--out", tmp_path / "run", *flags.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches_cover_epochs_and_do_not_depend_on_ranks():
+    args = settings("--batch-size", "8", "--steps", "9", "--accumulate", "2")
+    whole = np.concatenate(list(train.batches(np.arange(24), settings("--batch-size", "8", "--steps", "9"), 0, 0, 1)))
+    for epoch in range(3):
+        assert sorted(whole[24 * epoch : 24 * epoch + 24]) == list(range(24))
+    ranks = [list(train.batches(np.arange(24), args, 0, rank, 2)) for rank in range(2)]
+    assert np.array_equal(np.concatenate([part for pair in zip(*ranks) for part in pair]), whole)
+    later = np.concatenate(list(train.batches(np.arange(24), settings("--batch-size", "8", "--steps", "9"), 5, 0, 1)))
+    assert np.array_equal(later, whole[40:])
+    few = np.concatenate(list(train.batches(np.arange(3), settings("--batch-size", "8", "--steps", "3"), 0, 0, 1)))
+    assert len(few) == 24 and np.bincount(few).tolist() == [8, 8, 8]
+
+
+def test_stop_and_resume_is_bit_for_bit(photos, tmp_path):
+    flags = [*RUN, "--data", photos, "--seed", 3]
+    run(*flags, "--steps", 6, "--out", tmp_path / "straight")
+    run(*flags, "--steps", 3, "--out", tmp_path / "stopped")
+    with pytest.raises(SystemExit):  # OUT exists
+        run(*flags, "--out", tmp_path / "stopped")
+    with pytest.raises(SystemExit):  # another network
+        run("--resume", "--out", tmp_path / "stopped", "--method", "repa")
+    run("--resume", "--out", tmp_path / "stopped", "--steps", 6)  # the other settings come from the run
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "stopped"))
+    for which in ("model", "ema"):
+        assert all(torch.equal(v, b[which][k]) for k, v in a[which].items())
+    for i, state in a["opt"]["state"].items():
+        assert all(torch.equal(v, b["opt"]["state"][i][k]) for k, v in state.items())
+    assert any((a["ema"][k] != v).any() for k, v in a["model"].items()) and a["classes"] == ["cats", "dogs"]
+    rows = [[json.loads(r) for r in (tmp_path / n / "log.jsonl").open()] for n in ("straight", "stopped")]
+    assert [r["step"] for r in rows[0]] == [2, 4, 6] and [r["step"] for r in rows[1]] == [2, 3, 4, 6]
+    assert rows[0][-1]["held_out"] == rows[1][-1]["held_out"]
+
+
+def torchrun(script, *flags):
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / script]
+    done = subprocess.run([*map(str, [*command, *flags])], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_equal_one_process(photos, tmp_path):
+    flags = [*RUN, "--data", photos, "--out"]
+    run(*flags, tmp_path / "one")
+    run(*flags, tmp_path / "parts", "--accumulate", 2)
+    torchrun("train.py", *flags, tmp_path / "two")
+    for name in ("parts", "two"):
+        for k, v in weights(tmp_path / "one").items():
+            torch.testing.assert_close(weights(tmp_path / name)[k], v, rtol=1e-4, atol=1e-6)
+    rows = [json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[-1]) for n in ("one", "two")]
+    for key in ("loss", "denoise", "align", "held_out", "grad_norm"):
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4)
+    torchrun(
+        "sample.py", "--ckpt", tmp_path / "two/last.pt", "--num-images", 5, "--steps", 3, "--npz", tmp_path / "two.npz"
+    )
+    sample.main(
+        ["--ckpt", str(tmp_path / "two/last.pt"), "--num", "5", "--steps", "3", "--npz", str(tmp_path / "one.npz")]
+    )
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    assert np.array_equal(one["labels"], two["labels"])
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+
+
+def test_a_non_finite_gradient_reaches_neither_weights_nor_checkpoint(photos, tmp_path, monkeypatch):
+    loss, calls = train.irepa_loss, []
+
+    def planted(*args, **kwargs):
+        out = loss(*args, **kwargs)
+        if args[0].training:
+            calls.append(1)
+            out["loss"] = out["loss"] * (float("nan") if len(calls) == 4 else 1)
+        return out
+
+    monkeypatch.setattr(train, "irepa_loss", planted)
+    with pytest.raises(SystemExit, match="non-finite gradient"):
+        run(*RUN, "--data", photos, "--out", tmp_path / "run")
+    assert all(torch.isfinite(v).all() for w in ("model", "ema") for v in weights(tmp_path / "run", w).values())
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize("method", ["irepa", "sit"])
+def test_a_tiny_run_overfits(photos, tmp_path, method):
+    few = tmp_path / "few"
+    for name in ("black", "white"):
+        (few / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (16, 16), name).save(few / name / f"{i}.png")
+    flags = f"--method {method} --model SiT-S/2 --hidden-size 64 --steps 150 --lr 3e-3 --ema 0.9 --log-every 50"
+    run(*RUN, "--data", few, "--out", tmp_path / "run", *flags.split())
+    rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert rows[-1]["denoise"] < 0.25 < 0.4 < rows[0]["denoise"]
+    if method == "sit":
+        assert rows[-1]["align"] == 0
+    model, config = sample.load_checkpoint(tmp_path / "run/last.pt")
+    x = sample.generate(model, torch.tensor([0, 1] * 4), range(8), sampler="heun", steps=20).mean((1, 2, 3))
+    assert (x[0::2] < -0.6).all() and (x[1::2] > 0.6).all()
+
+
+def test_demo_then_sample(tmp_path, capsys):
+    out = tmp_path / "demo"
+    small = "--steps 4 --batch-size 8 --hidden-size 32 --num-heads 2 --depth 2 --log-every 2 --sample-every 4"
+    run("--demo", "--out", out, "--device", "cpu", "--ckpt-every", 4, *small.split())
+    assert f"python sample.py --ckpt {out}/last.pt" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert config["steps"] == 4 and config["torch"] == torch.__version__ and "git_commit" in config
+    row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert {"step", "loss", "denoise", "align", "held_out", "grad_norm", "lr", "images_per_s"} <= row.keys()
+    grid = Image.open(out / "samples/step-0000004.png")
+    assert grid.height >= 10 * 96 and (out / "curves.png").stat().st_size > 10_000
+    common = ["--ckpt", str(out / "last.pt"), "--steps", "2"]
+    sample.main(common)
+    sample.main(common)  # another run takes another name
+    grids = sorted(out.glob("last-*.png"))
+    assert len(grids) == 2 and all(Image.open(g).height >= 10 * 96 for g in grids)
+    sample.main([*common, "--num", "13", "--npz", str(tmp_path / "s.npz"), "--labels", "balanced", "--batch-size", "5"])
+    data = np.load(tmp_path / "s.npz")
+    assert data["arr_0"].shape == (13, 32, 32, 3) and data["arr_0"].dtype == np.uint8
+    assert data["labels"].tolist() == [*range(10), 0, 1, 2]
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert record["step"] == 4 and record["cfg"] == 1.0 and len(record["checkpoint_sha256"]) == 64
+    sample.main([*common, "--num", "3", "--out-dir", str(tmp_path / "pngs"), "--labels", "3,7"])
+    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    for flags in (
+        ["--npz", str(tmp_path / "s.npz"), "--num", "2"],
+        ["--npz", "new.npz"],
+        ["--labels", "12"],
+        ["--steps", "0"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            sample.main([*common, *flags])
+        assert stop.value.code == 2
+    assert asdict(sample.load_checkpoint(out / "last.pt")[1]) == config["config"]

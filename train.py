@@ -1,0 +1,463 @@
+"""Train a SiT with iREPA, REPA or neither, on CPU, one GPU or many.
+
+    python train.py --demo                                        five minutes on a laptop, no download
+    python train.py --data photos.zip --image-size 32 --model SiT-S/4 --steps 20000 --out runs/photos
+    python train.py --resume --out runs/photos                    goes on from runs/photos/last.pt, with its settings
+    torchrun --nproc_per_node=8 train.py --encoder dinov2_vitb14  the paper's setting
+
+OUT holds config.json (every setting, versions), log.jsonl (a line each --log-every steps), samples/ (grids from the
+EMA), curves.png and last.pt. A flag wins over a preset (--method, --demo), a preset over a default. Noise, times,
+label drops and data order are functions of (seed, step): a resumed run, or one on another number of processes,
+sees the same batches.
+"""
+
+import argparse
+import sys
+
+# --method: presets over the flags of the same names
+METHODS = {
+    "irepa": dict(projector="conv", kernel_size=3, gamma=0.6, proj_coeff=1.0),
+    "repa": dict(projector="mlp", gamma=None, proj_coeff=0.5),
+    "sit": dict(projector=None),
+}
+# --demo: likewise; drawn shapes take the place of --data
+DEMO = dict(
+    image_size=32, model="SiT-S/4", hidden_size=192, depth=6, num_heads=3, encoder_depth=2, batch_size=64, steps=2000,
+    lr=1e-3, warmup=100, lr_schedule="cosine", ema=0.998, ema_warmup=True, log_every=50, sample_every=500,
+    ckpt_every=500, sample_cfg=2.0, out="runs/demo",
+)  # fmt: skip
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=lambda prog: DefaultsHelp(prog, max_help_position=30, width=120)
+    )
+
+    def optional(kind):
+        def parse(text):
+            return None if text == "none" else kind(text)
+
+        parse.__name__ = f"{kind.__name__} or none"
+        return parse
+
+    add = parser.add_argument_group("method (presets: --method)").add_argument
+    add("--method", default="irepa", choices=METHODS, help="irepa: conv, spatial norm; repa: mlp; sit: no alignment")
+    add("--projector", type=optional(str), default="conv", help="conv, mlp, linear or none")
+    add("--kernel-size", type=int, default=3, help="of the conv projector")
+    add("--gamma", type=optional(float), default=0.6, help="of the spatial norm of the teacher's tokens, or none")
+    add("--proj-coeff", type=float, default=1.0, help="weight of the alignment in the loss")
+    add("--encoder-depth", type=int, help="align after this block; by size: 4 for S and B, 8 for L and XL")
+    add = parser.add_argument_group("teacher").add_argument
+    add("--encoder", default="hog", help="hog (no weights), dinov2_vitb14, or timm:<any ViT id>")
+    add("--encoder-weights", metavar="FILE", help="local weights instead of a download; 'random' is for tests only")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="SiT-XL/2", help="SiT-{S,B,L,XL}/{1,2,4,8}")
+    add("--hidden-size", type=int, help="instead of the model's own")
+    add("--depth", type=int, help="instead of the model's own")
+    add("--num-heads", type=int, help="instead of the model's own")
+    add("--qk-norm", action="store_true", help="layer norm on queries and keys")
+    add("--path", default="linear", choices=("linear", "cosine"), help="from data to noise")
+    add("--class-dropout", type=float, default=0.1, help="share of labels dropped, for guidance")
+    add = parser.add_argument_group("data").add_argument
+    add("--demo", action="store_true", help="a preset: drawn shapes and a small model, minutes on two CPU cores")
+    add("--data", default="data/imagenet/train", metavar="PATH", help="folder of class folders, or a .zip of one")
+    add("--image-size", type=int, default=256, help="side in pixels; images are centre-cropped to it as in ADM")
+    add("--skip-broken", action="store_true", help="leave out, and list, images that cannot be decoded")
+    add("--workers", type=int, help="decoding processes a rank; by default none where images are kept in memory")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=int, default=400_000, help="optimiser steps")
+    add("--batch-size", type=int, default=256, help="global: over all processes and accumulated parts")
+    add("--accumulate", type=int, default=1, help="parts a process's share of the batch is split into")
+    add("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay")
+    add("--warmup", type=int, default=0, help="steps of linear warm-up of the learning rate")
+    add("--lr-schedule", default="constant", choices=("constant", "cosine"), help="after the warm-up")
+    add("--clip", type=float, default=1.0, help="gradient norm")
+    add("--ema", type=float, default=0.9999, help="decay of the moving average of the weights, a step")
+    add("--ema-warmup", action="store_true", help="let the decay rise to --ema as (1 + step) / (10 + step)")
+    add("--seed", type=int, default=0, help="of weights, data order, noise, times and label drops")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="bf16 autocast where it is fast")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="folder for this run, which must not exist; default: runs/METHOD-MODEL")
+    add("--resume", action="store_true", help="continue from OUT/last.pt with its settings; flags given still win")
+    add("--log-every", type=int, default=100, help="steps")
+    add("--ckpt-every", type=int, default=10_000, help="steps")
+    add("--sample-every", type=int, default=10_000, help="steps")
+    add("--sample-cfg", type=float, default=1.0, help="guidance scale of the grids; 1 is none")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks; default: on GPUs")
+    return parser
+
+
+class DefaultsHelp(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help + (" (%(default)s)" if action.default not in (None, False, argparse.SUPPRESS) else "")
+
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    build_parser().parse_args()  # answers before the two seconds that the imports below take
+
+import copy  # noqa: E402
+import dataclasses  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import time  # noqa: E402
+from contextlib import nullcontext  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from inputs.images import BrokenImage, Folder, Shapes  # noqa: E402
+from inputs.teachers import fast_bf16, load_encoder  # noqa: E402
+from irepa import Config, SiT, irepa_loss  # noqa: E402
+from sample import generate, line, pick_device, read_checkpoint, save_grid, seeded, start_ranks, to_uint8, versions  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configure
+
+
+def resolve(parser, argv=None):
+    """argv -> (args, checkpoint to resume from or None): defaults < presets < a resumed run's settings < flags."""
+    defaults = vars(parser.parse_args([]))
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, parser))))
+    given = {k: v for k, v in given.items() if v is not parser}  # what the user wrote
+    demo = DEMO if given.get("demo") else {}
+    saved, checkpoint = {}, None
+    method, model = given.get("method", "irepa"), given.get("model", defaults["model"])
+    out = Path(given.get("out") or demo.get("out") or f"runs/{method}-{model.replace('/', '-')}")
+    if given.get("resume"):
+        if not out.is_dir():
+            raise FileNotFoundError(f"--resume: {out} does not exist; name the run with --out, or leave --resume out")
+        if (out / "last.pt").exists():
+            checkpoint = read_checkpoint(out / "last.pt")
+            if not {"model", "ema", "opt", "step", "settings"} <= checkpoint.keys():
+                raise ValueError(f"{out / 'last.pt'} is no checkpoint of train.py")
+            saved = {k: v for k, v in checkpoint["settings"].items() if k in defaults}
+    elif out.exists() and int(os.environ.get("RANK", 0)) == 0:
+        raise FileExistsError(f"{out} exists; --resume continues it, another --out leaves it as it is")
+    args = argparse.Namespace(**{**defaults, **METHODS[method], **demo, **saved, **given, "out": str(out)})
+    positive = "image_size steps batch_size accumulate log_every ckpt_every sample_every lr clip".split()
+    for name in positive:
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if not 0 <= args.class_dropout < 1 or not 0 <= args.ema < 1:
+        raise ValueError("--class-dropout and --ema lie in [0, 1)")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % (world * args.accumulate):
+        raise ValueError(
+            f"--batch-size {args.batch_size} does not divide by {world} processes x --accumulate {args.accumulate}"
+        )
+    return args, checkpoint
+
+
+def network(args, num_classes=1000, encoder_dim=1):
+    """The Config that the flags ask for. ValueError where they do not fit together."""
+    fields = dict(input_size=args.image_size, in_channels=3, num_classes=num_classes, encoder_dim=encoder_dim)
+    for name in "projector kernel_size gamma proj_coeff qk_norm path class_dropout".split():
+        fields[name] = getattr(args, name)
+    for name in "encoder_depth hidden_size depth num_heads".split():
+        if getattr(args, name) is not None:
+            fields[name] = getattr(args, name)
+    config = Config.named(args.model, **fields)
+    tokens = (config.input_size // config.patch_size) ** 2
+    if tokens > 4096:
+        raise ValueError(
+            f"{args.model} on {args.image_size}-px images has {tokens} tokens: it is meant for VAE latents, which are"
+            " not there yet; on pixels choose a larger patch or smaller images, such as --model SiT-S/4 --image-size 32"
+        )
+    return config
+
+
+def same_run(args, config, data, checkpoint):
+    """ValueError where a checkpoint belongs to another network or other data than what is asked."""
+    old, new = dict(checkpoint["config"]), dataclasses.asdict(config)
+    for key in "method encoder seed batch_size".split():
+        old[key], new[key] = checkpoint["settings"][key], getattr(args, key)
+    old.update(classes=checkpoint["classes"], images=checkpoint["images"])
+    new.update(classes=data.classes, images=len(data))
+    for key in old:
+        if old[key] != new.get(key):
+            raise ValueError(f"{args.out} was started with {key} {old[key]}, not {new.get(key)}; start another --out")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Feed
+
+
+def split(count, most=256):
+    """(training indices, held-out indices in chunks of equal size): a twentieth, at most 256; the same for any seed."""
+    order = np.random.default_rng(0).permutation(count)
+    held = min(most, max(1, count // 20))
+    size = min(32, held)
+    chunks = order[: held // size * size].reshape(-1, size)
+    return np.sort(order[chunks.size :]), chunks
+
+
+def batches(indices, args, start, rank, world):
+    """This rank's parts of each batch from step `start` on: shuffled epochs, one after the other, without a gap."""
+    parts, epochs = world * args.accumulate, {}
+    size = args.batch_size // parts
+    for step in range(start, args.steps):
+        epoch, place = np.divmod(np.arange(step * args.batch_size, (step + 1) * args.batch_size), len(indices))
+        epochs = {e: epochs.get(e) for e in np.unique(epoch).tolist()}
+        for e in epochs:
+            if epochs[e] is None:
+                epochs[e] = np.random.default_rng((args.seed, e)).permutation(indices)
+        whole = np.array([epochs[e][k] for e, k in zip(epoch.tolist(), place.tolist())])
+        for i in range(rank, parts, world):
+            yield whole[i * size : (i + 1) * size]
+
+
+def to_input(images, device):
+    """uint8 -> [-1, 1] on the device."""
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Log
+
+
+@torch.no_grad()
+def held_out_loss(model, held, config, autocast, device):
+    """Denoising loss over the held-out chunks with fixed noise and times: comparable between methods and runs."""
+    model.eval()
+    plain = dataclasses.replace(config, projector=None)
+    total = torch.zeros(2, device=device)
+    for i, n, images, labels in held:
+        with autocast:
+            x, y = to_input(images, device), labels.to(device)
+            loss = irepa_loss(model, x, y, None, plain, generator=seeded(0, 0), part=(i, n))["denoise"]
+        total += torch.stack([loss, torch.ones_like(loss)])
+    model.train()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def plot(out):
+    """out/log.jsonl -> out/curves.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    steps = [row["step"] for row in rows]
+    for axis, names in zip(axes, (("denoise", "held_out"), ("align",))):
+        for name in names:
+            axis.plot(steps, [row[name] for row in rows], label=name.replace("_", "-"))
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set(ylabel="mean squared error of the velocity", yscale="log")
+    axes[1].set(ylabel="minus the mean cosine to the teacher")
+    figure.savefig(out / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+def draw_samples(ema, data, args, path):
+    """A grid from the EMA: 8 images of each of the first 10 classes, always from the same noise."""
+    names = data.classes[:10]
+    labels = torch.arange(len(names)).repeat_interleave(8)
+    x = generate(ema, labels, range(len(labels)), sampler="heun", steps=25, cfg=args.sample_cfg)
+    path.parent.mkdir(exist_ok=True)
+    save_grid(to_uint8(x), names, path)
+
+
+def refuse_skipped(skipped, done, out):
+    """Stop where steps were skipped because their gradient was not finite."""
+    if skipped.item():
+        raise SystemExit(
+            f"train.py: {int(skipped)} steps up to step {done} had a non-finite gradient; none of them was applied."
+            f" Stopped; the last checkpoint, if any, is {out}/last.pt"
+        )
+
+
+def save_atomically(data, path):
+    """All of it or nothing under `path`: a run killed while saving leaves the previous checkpoint."""
+    with open(f"{path}.tmp", "wb") as f:
+        torch.save(data, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Train
+
+
+def main(argv=None):
+    parser = build_parser()
+    try:
+        args, checkpoint = resolve(parser, argv)
+        if not (args.demo or Path(args.data).exists()):
+            raise FileNotFoundError(
+                f"--data {args.data} does not exist: name a folder of class folders, or a .zip of one"
+            )
+        network(args)  # what does not fit together is said before anything slow
+        device = pick_device(args.device)
+        first = int(os.environ.get("RANK", 0)) == 0
+        data = (
+            Shapes(args.image_size, 10_000)
+            if args.demo
+            else Folder(args.data, args.image_size, args.skip_broken, first)
+        )
+        grid = args.image_size // int(args.model.split("/")[1])
+        teacher = load_encoder(args.encoder, grid, args.encoder_weights, device) if args.projector else None
+        config = network(args, len(data.classes), teacher.dim if teacher else 1)
+        if checkpoint:
+            same_run(args, config, data, checkpoint)
+        if first:
+            Path(args.out).mkdir(parents=True, exist_ok=args.resume)
+    except (ValueError, OSError) as e:
+        time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
+        parser.error(line(e))
+    if first:
+        for broken in getattr(data, "broken", []):
+            print(f"left out: {broken}")
+        if args.encoder_weights == "random" and teacher:
+            print("warning: the teacher's weights are random; this is for tests only")
+    try:
+        train(args, config, data, teacher, device, checkpoint)
+    except BrokenImage as e:
+        parser.error(str(e).strip().splitlines()[-1])  # behind a worker's traceback
+
+
+def train(args, config, data, teacher, device, checkpoint=None):
+    rank, world = start_ranks(device)
+    out, parts = Path(args.out), world * args.accumulate
+    bf16 = fast_bf16(device) if args.precision == "auto" else args.precision == "bf16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+    torch.manual_seed(args.seed)
+    model = SiT(config).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    params = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0, fused=True)
+    start, seconds = 0, 0.0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        opt.load_state_dict(checkpoint["opt"])
+        start, seconds = checkpoint["step"], checkpoint["seconds"]
+    if device.type == "cuda" if args.compile is None else args.compile:
+        for block in model.blocks:  # one compilation serves all blocks
+            block.compile()
+    wrapped = model
+    if world > 1:
+        ids = [device] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    indices, chunks = split(len(data))
+    held = [(i, len(chunks), *data[chunk]) for i, chunk in enumerate(chunks) if i % world == rank]
+    workers = args.workers
+    if workers is None:
+        workers = (
+            0
+            if getattr(data, "images", True) is not None
+            else min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        )
+    feed = iter(
+        torch.utils.data.DataLoader(
+            data, batch_size=None, sampler=batches(indices, args, start, rank, world), num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
+    )  # fmt: skip
+
+    if rank == 0:
+        record = dict(vars(args), **versions(), config=dataclasses.asdict(config), classes=data.classes)
+        record.update(device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+        record.update(world_size=world, bf16=bf16, images=len(data), parameters=sum(p.numel() for p in params))
+        name = f"config-from-step-{start}.json" if checkpoint else "config.json"
+        (out / name).write_text(json.dumps(record, indent=1) + "\n")
+        log = out / "log.jsonl"
+        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= start))  # later ones come again
+        print(
+            f"{args.method} on {device}: {record['parameters'] / 1e6:.1f}M parameters, {len(indices)} images in"
+            f" {len(data.classes)} classes, step {start} of {args.steps}"
+        )
+
+    def save(step):
+        state = dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, seconds=seconds)
+        state.update(config=dataclasses.asdict(config), settings=vars(args), classes=data.classes, images=len(data))
+        save_atomically(state, out / "last.pt")
+
+    sums, skipped, since, clock = torch.zeros(4, device=device), torch.zeros((), device=device), start, time.time()
+    bar = tqdm(
+        total=args.steps, initial=start, disable=rank > 0, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30
+    )
+    for step in range(start, args.steps):
+        ramp = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+        if args.lr_schedule == "cosine":
+            ramp *= 0.5 + 0.5 * np.cos(np.pi * step / args.steps)
+        opt.param_groups[0]["lr"] = args.lr * float(ramp)
+        for i in range(rank, parts, world):
+            images, labels = next(feed)
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            target = teacher(images) if teacher else None
+            last = i + world >= parts
+            with nullcontext() if last or world == 1 else wrapped.no_sync():
+                with autocast:
+                    generator = seeded(args.seed, step, device)
+                    x = to_input(images, device)
+                    losses = irepa_loss(wrapped, x, labels, target, config, generator, part=(i, parts))
+                (losses["loss"] / args.accumulate).backward()
+            sums[:3] += torch.stack([losses[k].detach() for k in ("loss", "denoise", "align")]) / args.accumulate
+        norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
+        # a non-finite gradient must not reach weights or EMA: the fused step skips itself on the device, so that
+        # nobody has to wait for the number
+        opt.found_inf = (~torch.isfinite(norm)).float()
+        skipped += opt.found_inf
+        sums[3] += norm
+        opt.step()
+        opt.zero_grad()
+        decay = min(args.ema, (1 + step) / (10 + step)) if args.ema_warmup else args.ema
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        bar.update()
+
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            if world > 1:
+                dist.all_reduce(sums)
+            loss, denoise, align, grad_norm = (sums / (done - since) / world).tolist()
+            elapsed = time.time() - clock
+            seconds += elapsed
+            refuse_skipped(skipped, done, out)
+            row = dict(step=done, loss=loss, denoise=denoise, align=align)
+            row.update(held_out=held_out_loss(model, held, config, autocast, device), grad_norm=grad_norm)
+            row.update(lr=opt.param_groups[0]["lr"], images_per_s=(done - since) * args.batch_size / elapsed)
+            row.update(seconds=seconds)
+            if rank == 0:
+                with open(log, "a") as f:
+                    f.write(json.dumps({k: v if k == "step" else float(f"{v:.6g}") for k, v in row.items()}) + "\n")
+            bar.set_postfix_str(
+                f"loss {loss:.4f} denoise {denoise:.4f} align {align:.4f} held-out {row['held_out']:.4f}"
+                f" {row['images_per_s']:.0f} img/s"
+            )
+            sums.zero_()
+            since, clock = done, time.time()
+        pause = time.time()  # not training: keep it out of the images/s
+        if done % args.ckpt_every == 0 or done == args.steps:
+            refuse_skipped(skipped, done, out)
+            if rank == 0:
+                save(done)
+        if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
+            draw_samples(ema, data, args, out / "samples" / f"step-{done:07d}.png")
+            if log.stat().st_size:
+                plot(out)
+        clock += time.time() - pause
+    bar.close()
+    if rank == 0:
+        cfg = f" --cfg {args.sample_cfg:g}" if args.sample_cfg != 1 else ""
+        print(f"{out}/samples and {out}/curves.png show the run; next: python sample.py --ckpt {out}/last.pt{cfg}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
