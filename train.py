@@ -22,9 +22,9 @@ METHODS = {
 }
 # --demo: likewise; drawn shapes take the place of --data
 DEMO = dict(
-    image_size=32, model="SiT-S/4", hidden_size=192, depth=6, num_heads=3, encoder_depth=2, batch_size=64, steps=2000,
-    lr=1e-3, warmup=100, lr_schedule="cosine", ema=0.998, ema_warmup=True, log_every=50, sample_every=500,
-    ckpt_every=500, sample_cfg=2.0, out="runs/demo",
+    image_size=32, model="SiT-S/4", hidden_size=192, depth=4, num_heads=3, encoder_depth=2, batch_size=32, steps=1800,
+    lr=2e-3, warmup=100, lr_schedule="cosine", ema=0.998, ema_warmup=True, log_every=50, sample_every=600,
+    ckpt_every=600, sample_cfg=3.0, out="runs/demo",
 )  # fmt: skip
 
 

@@ -178,9 +178,9 @@ class Shapes:
 def draw_shape(label, size, seed):
     """uint8 [size, size, 3]: one shape with random colours, place, size and rotation, its edge a pixel wide."""
     rng = np.random.default_rng(seed)
-    radius = rng.uniform(0.65, 0.9)  # of half the image
+    radius = rng.uniform(0.7, 0.95)  # of half the image
     centre = rng.uniform(-1, 1, 2) * (1 - radius)
-    turn = rng.uniform(-0.5, 0.5)
+    turn = rng.uniform(-0.25, 0.25)
     paint = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.3, 1), rng.uniform(0.85, 1))  # bright
     ground = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.3, 1), rng.uniform(0, 0.35))  # on dark
     ground, paint = np.array(ground), np.array(paint)
@@ -205,12 +205,12 @@ def signed_distance(shape, x, y):
         return np.maximum(np.abs(x) - 1, np.abs(y) - 0.25)
     if shape == "cross":
         long, short = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
-        return np.maximum(long - 0.95, short - 0.28)
+        return np.maximum(long - 0.95, short - 0.33)
     if shape == "crescent":
         return np.maximum(r - 0.95, 0.75 - np.hypot(x - 0.5, y))
     if shape == "star":
         turns = np.arange(10) * np.pi / 5
-        points = np.where(np.arange(10) % 2, 0.45, 1.05)
+        points = np.where(np.arange(10) % 2, 0.5, 1.05)
         return polygon(x, y, points * np.sin(turns), -points * np.cos(turns))
     if shape == "triangle":
         turns = np.arange(3) * 2 * np.pi / 3
