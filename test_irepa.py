@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import fid
+import inputs.teachers as teachers
 import irepa
 import sample
 import train
@@ -462,7 +463,8 @@ def test_hog():
         hog(images[..., :6, :6])
 
 
-def test_timm_teacher(tmp_path):
+def test_timm_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(teachers, "fast_bf16", lambda device: False)  # where the processor has it, bf16 hides digits
     name = "timm:vit_tiny_patch16_224.augreg_in21k"
     teacher = load_encoder(name, grid=4, weights="random")
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -487,6 +489,94 @@ def test_timm_teacher(tmp_path):
         load_encoder("timm:resnet18", 4, "random")
     with pytest.raises(ValueError, match="unknown encoder"):
         load_encoder("dino", 4)
+
+
+@pytest.mark.parametrize("name", teachers.ENCODERS)
+def test_every_teacher_has_its_grid_and_width(name):
+    import timm
+
+    entry = teachers.ENCODERS[name]
+    side = 16 * entry.patch
+    with torch.device("meta"):
+        if name.startswith("webssl"):
+            model = teachers.build_webssl(name)
+        elif name.startswith("mocov3"):
+            model = timm.create_model(f"vit_{'base' if 'vitb' in name else 'large'}_patch16_224", img_size=side)
+            model.reset_classifier(0)
+        else:
+            model = teachers.without_head(teachers.build(entry.timm_id, 16, side))
+        tokens = model.forward_features(torch.zeros(1, 3, side, side))[:, model.num_prefix_tokens :]
+    assert tokens.shape == (1, 256, entry.dim)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(entry.millions, abs=0.6)
+    assert name in teachers.list_encoders() and len(teachers.weights_file(name)) > 10
+
+
+def test_perception_encoders_positions_count_patches(tmp_path):
+    import timm
+
+    native = timm.create_model("vit_pe_spatial_base_patch16_512.fb")
+    torch.save(native.state_dict(), tmp_path / "pe.pth")
+    teacher = load_encoder("pe_spatial_b16", 6, tmp_path / "pe.pth")
+    images = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
+    assert teacher(images).shape == (1, 36, 768) and teacher.mean.flatten().tolist() == [0.5] * 3
+    here, there = (m.rope.get_embed() for m in (teacher.model, native))
+    torch.testing.assert_close(
+        here.view(6, 6, -1), there.view(32, 32, -1)[:6, :6]
+    )  # the same angles at the same places
+    table = native.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (32, 32))
+    table = torch.nn.functional.interpolate(table, (6, 6), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(teacher.model.pos_embed[:, 1:], table.flatten(2).transpose(1, 2))
+    assert torch.equal(teacher.model.blocks[3].attn.qkv.weight, native.blocks[3].attn.qkv.weight)
+    torch.save({f"module.base_encoder.{k}": v for k, v in native.state_dict().items()}, tmp_path / "foreign.pth")
+    with pytest.raises(ValueError, match="foreign.pth does not fit"):
+        load_encoder("pe_core_b16", 6, tmp_path / "foreign.pth")
+
+
+def test_traps_of_the_other_teachers():
+    radio = load_encoder("cradio_v3_b", 16, "random")
+    assert radio.model.embeds.pos_embed_align_corners is False
+    assert radio.mean.flatten().tolist() == pytest.approx(teachers.CLIP[0])
+    images = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8)
+    assert radio(images).shape == (1, 256, 768)
+    with torch.device("meta"):
+        clip = teachers.build(teachers.ENCODERS["clip_vitl14"].timm_id, 16, 224)
+    assert "QuickGELU" in type(clip.blocks[0].mlp.act).__name__ and not isinstance(clip.norm_pre, torch.nn.Identity)
+    assert not teachers.ENCODERS["clip_vitl14"].norm and not teachers.ENCODERS["mae_vitl16"].norm
+    assert teachers.ENCODERS["siglip_b"].stats == teachers.HALF  # the released code takes ImageNet's
+    with pytest.raises(ValueError, match=r"cannot be downloaded.*huggingface.co/facebook/webssl.*--encoder-weights"):
+        load_encoder("webssl_dino300m_full2b_224", 16)
+
+
+def test_foreign_names_become_timms():
+    import timm
+
+    with torch.device("meta"):
+        webssl = teachers.build_webssl("webssl_dino300m_full2b_224").state_dict()
+        moco = timm.create_model("vit_large_patch16_224", num_classes=0).state_dict()
+    layers = {"norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.output.dense"}
+    layers |= {"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
+    hf = {"embeddings.cls_token": 0, "embeddings.position_embeddings": 1, "embeddings.mask_token": 2}
+    for kind in ("weight", "bias"):
+        hf |= {f"embeddings.patch_embeddings.projection.{kind}": 3, f"layernorm.{kind}": 4}
+        for i in range(24):
+            hf |= {f"encoder.layer.{i}.{layer}.{kind}": 5 for layer in layers.values()}
+            hf |= {
+                f"encoder.layer.{i}.attention.attention.{n}.{kind}": k for k, n in enumerate(("key", "value", "query"))
+            }
+            hf |= {f"encoder.layer.{i}.layer_scale{n}.lambda1": n for n in (1, 2)}
+    converted = teachers.webssl_names({k: torch.tensor([v]) for k, v in hf.items()})
+    assert converted.keys() == webssl.keys() and converted["blocks.7.attn.qkv.weight"].tolist() == [2, 0, 1]
+    native = {k.replace("blocks.7.", "blocks.1.7."): v for k, v in webssl.items()} | {"mask_token": None}
+    native = {k.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): v for k, v in native.items()}
+    assert teachers.webssl_names(native).keys() == webssl.keys()
+    odd = {"blocks.13.norm1.": "blocks.13.norm13.", "blocks.13.mlp.fc1.": "blocks.13.mlp.fc13."}
+    odd |= {"blocks.14.norm2.": "blocks.14.norm14.", "blocks.14.mlp.fc2.": "blocks.14.mlp.fc14."}
+    file = {"module.momentum_encoder.cls_token": 0, "module.base_encoder.head.0.weight": 0}
+    for key in moco:
+        for right, wrong in odd.items():
+            key = key.replace(right, wrong)
+        file[f"module.base_encoder.{key}"] = 0
+    assert teachers.mocov3_names(file).keys() == moco.keys()
 
 
 # ---------------------------------------------------------------------------------------------------------------

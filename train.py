@@ -48,8 +48,9 @@ def build_parser():
     add("--proj-coeff", type=float, default=1.0, help="weight of the alignment in the loss")
     add("--encoder-depth", type=int, help="align after this block; by size: 4 for S and B, 8 for L and XL")
     add = parser.add_argument_group("teacher").add_argument
-    add("--encoder", default="hog", help="hog (no weights), dinov2_vitb14, or timm:<any ViT id>")
+    add("--encoder", default="hog", help="hog (no weights), a name of --list-encoders, or timm:<any ViT id>")
     add("--encoder-weights", metavar="FILE", help="local weights instead of a download; 'random' is for tests only")
+    add("--list-encoders", action="store_true", help="print the teachers by name, and leave")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="SiT-XL/2", help="SiT-{S,B,L,XL}/{1,2,4,8}")
     add("--hidden-size", type=int, help="instead of the model's own")
@@ -111,7 +112,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from inputs.images import BrokenImage, Folder, Shapes  # noqa: E402
-from inputs.teachers import fast_bf16, load_encoder  # noqa: E402
+from inputs.teachers import fast_bf16, list_encoders, load_encoder  # noqa: E402
 from irepa import Config, SiT, irepa_loss  # noqa: E402
 from sample import generate, line, pick_device, read_checkpoint, save_grid, seeded, start_ranks, to_uint8, versions  # noqa: E402
 
@@ -292,6 +293,8 @@ def save_atomically(data, path):
 
 def main(argv=None):
     parser = build_parser()
+    if parser.parse_args(argv).list_encoders:
+        return print(list_encoders())
     try:
         args, checkpoint = resolve(parser, argv)
         if not (args.demo or Path(args.data).exists()):
