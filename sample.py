@@ -6,7 +6,8 @@
 
 The defaults are the protocol of the reported numbers: EMA weights, SDE Euler-Maruyama with 250 steps, no guidance.
 Noise and label of image i depend on (seed, i) alone, so that its pixels are the same for any batch size or number of
-processes, to float rounding. A JSON beside the samples records every setting and the checkpoint's hash.
+processes, to float rounding. A JSON beside the samples records every setting and the checkpoint's hash. A run that was
+stopped goes on when it is started again: finished batches lie in NAME.parts until the last one is there.
 """
 
 import argparse
@@ -15,8 +16,11 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import time
+import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -25,6 +29,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
+from inputs.latents import decode, load_vae, same_spec
 from irepa import SIZES, Config, SiT, path_coefficients
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -282,6 +287,11 @@ def build_parser():
     add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="guide for t in [LO, HI]")
     add("--seed", type=int, default=0, help="names the sample set; image i depends on (seed, i)")
     add("--batch-size", type=int, default=64, help="images at a time on each process")
+    add("--vae", help="of latent checkpoints, by default the one it was trained with, or sd-vae-ft-mse: as in train.py")
+    add("--vae-weights", choices=("random",), help="for tests only")
+    add(
+        "--latent-stats", metavar="FILE", help="scale and bias of each channel, for released checkpoints that need them"
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
 
@@ -343,6 +353,53 @@ def beside(target):
     return Path(f"{target.with_suffix('') if target.suffix in ('.npz', '.png') else target}.json")
 
 
+def find_vae(args, data, config, device):
+    """(VAE, spec) that turns the samples into images; None for a model of pixels. ValueError where they do not fit."""
+    spec = data.get("latent")
+    if spec is None and config.in_channels == 3:
+        return None
+    name = args.vae or (spec["vae"] if spec else "sd-vae-ft-mse")
+    if name == "local":
+        raise ValueError(
+            f"{args.ckpt} was trained on a VAE of sha256 {spec['sha256'][:8]}: name its folder after --vae"
+        )
+    vae, found = load_vae(name, args.vae_weights, args.latent_stats, device)
+    if spec and not args.latent_stats:
+        found.update(scale=spec["scale"], bias=spec["bias"])
+    if spec:
+        same_spec(found, spec, args.ckpt)
+    if found["channels"] != config.in_channels:
+        raise ValueError(f"{args.ckpt} makes {config.in_channels} channels, --vae {name} takes {found['channels']}")
+    return vae, found
+
+
+def write_npz(path, chunks, shape, labels):
+    """An npz of arr_0, uint8 of `shape`, from the .npy files `chunks`, one after the other, and of labels."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z:
+        with z.open("arr_0.npy", "w", force_zip64=True) as f:
+            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=tuple(shape)))
+            for chunk in chunks:
+                f.write(np.load(chunk).tobytes())
+        with z.open("labels.npy", "w") as f:
+            np.lib.format.write_array(f, labels)
+
+
+def begin(parts, record):
+    """Make the folder of unfinished work, or find that it is of the same settings. ValueError where it is not."""
+    same = {k: v for k, v in record.items() if k not in ("ckpt", "device")}
+    same = json.loads(json.dumps(same))  # tuples become lists
+    parts.mkdir(parents=True, exist_ok=True)
+    if not any(parts.iterdir()):
+        (parts / "settings.json").write_text(json.dumps(same))
+    found = json.loads((parts / "settings.json").read_text())
+    for key in same:
+        if same[key] != found.get(key):
+            raise ValueError(
+                f"{parts} holds unfinished samples with {key} {found.get(key)}, not {same[key]}: delete it, or use"
+                " another name"
+            )
+
+
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -355,9 +412,8 @@ def main(argv=None):
             raise ValueError("--steps, --batch-size and --num must be at least 1")
         device = pick_device(args.device)
         model, config = load_checkpoint(args.ckpt, ema=not args.no_ema)
-        if config.in_channels != 3:
-            raise ValueError(f"{args.ckpt} makes {config.in_channels}-channel latents; only pixels are decoded here")
         data = read_checkpoint(args.ckpt)
+        latent = find_vae(args, data, config, device)
         step, names = data.get("step", data.get("steps")), data.get("classes")
         if args.npz or args.out_dir:
             target = Path(args.npz or args.out_dir)
@@ -374,57 +430,61 @@ def main(argv=None):
         for out in (target, beside(target)):
             if out.exists():
                 raise ValueError(f"{out} exists and is left as it is; choose another name")
+        # one process looks: another may already have begun to write
+        parts, rank = Path(f"{target}.parts"), int(os.environ.get("RANK", 0))
+        with open(args.ckpt, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        record = dict(vars(args), step=step, checkpoint_sha256=digest, config=asdict(config))
+        record["latent"] = latent[1] if latent else None
+        if rank == 0 and not args.out_dir:
+            begin(parts, record)
     except (ValueError, OSError) as e:
+        time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
         parser.error(line(e))
     rank, world = start_ranks(device)
     model.projectors = torch.nn.ModuleList()  # not used to sample
     model.to(device)
-    if args.out_dir:
+    if args.out_dir and rank == 0:
         target.mkdir(parents=True, exist_ok=True)
-    else:  # every process writes its rows of one file, which becomes the npz or the grid
-        part = Path(f"{target}.part.npy")
-        shape = (args.num, config.input_size, config.input_size, 3)
-        if rank == 0:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(part, "w+", np.uint8, shape).flush()
-        if world > 1:
-            dist.barrier()
-        sink = np.lib.format.open_memmap(part, "r+")
+    if world > 1:
+        dist.barrier()  # the folder is there
 
     from tqdm import tqdm  # late: --help need not wait for it
 
-    mine = range(rank, args.num, world)
-    with tqdm(total=len(mine), unit="img", desc="sampling", disable=rank > 0) as bar:
-        for start in range(0, len(mine), args.batch_size):
-            indices = mine[start : start + args.batch_size]
+    batches = [range(i, min(i + args.batch_size, args.num)) for i in range(0, args.num, args.batch_size)]
+    chunks = [parts / f"{batch[0]:08d}.npy" for batch in batches]
+    todo = [(batch, chunk) for batch, chunk in list(zip(batches, chunks))[rank::world] if not chunk.exists()]
+    with tqdm(total=sum(len(batch) for batch, _ in todo), unit="img", desc="sampling", disable=rank > 0) as bar:
+        for indices, chunk in todo:
             labels = choose_labels(args.labels, indices, config.num_classes, args.seed)
             x = generate(model, labels, indices, args.seed, args.sampler, args.steps, args.cfg, args.cfg_interval)
+            if latent:
+                x = torch.cat([decode(latent[0], z, latent[1]) for z in x.split(8)])
             images = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
-            for i, image in zip(indices, images):
-                if args.out_dir:
+            if args.out_dir:
+                for i, image in zip(indices, images):
                     Image.fromarray(image).save(target / f"{i:06d}.png")
-                else:
-                    sink[i] = image
+            else:
+                with open(f"{chunk}.tmp", "wb") as f:
+                    np.save(f, images)
+                os.replace(f.name, chunk)
             bar.update(len(indices))
-    if not args.out_dir:
-        sink.flush()
     if world > 1:
         dist.barrier()
     if rank == 0:
         labels = choose_labels(args.labels, range(args.num), config.num_classes, args.seed)
         if args.npz:
-            np.savez(f"{target}.part.npz", arr_0=sink, labels=labels.numpy())  # streamed from the memory map
-            os.replace(f"{target}.part.npz", target)
+            write_npz(f"{parts}/whole.npz", chunks, (args.num, *np.load(chunks[0]).shape[1:]), labels.numpy())
+            os.replace(f"{parts}/whole.npz", target)
         elif not args.out_dir:
-            save_grid(torch.tensor(np.array(sink)).permute(0, 3, 1, 2), rows, target)
-        if not args.out_dir:
-            part.unlink()
-        with open(args.ckpt, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        record = dict(vars(args), step=step, checkpoint_sha256=digest, config=asdict(config), processes=world)
+            pixels = np.concatenate([np.load(chunk) for chunk in chunks])
+            save_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2), rows, target)
+        record["processes"] = world
         record["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         record["labels_of_images"] = labels.tolist() if args.out_dir else None
         beside(target).write_text(json.dumps({**record, **versions()}, indent=1) + "\n")
+        if not args.out_dir:
+            shutil.rmtree(parts)
         print(f"{args.num} images in {target}, every setting in {beside(target)}")
     if world > 1:
         dist.destroy_process_group()

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import fid
+import inputs.latents as latents
 import inputs.teachers as teachers
 import irepa
 import sample
@@ -620,7 +621,10 @@ def test_flags_win_over_presets_and_presets_over_defaults(capsys):
         ("--resume", "does not exist"),
         ("--device tpu9", "cannot be used"),
         ("--steps 0", "must be positive"),
-        ("--image-size 512", "16384 tokens"),
+        ("--image-size 512 --vae none", "16384 tokens"),
+        ("--image-size 12 --cache-latents", "go with a --vae"),
+        ("--vae nowhere", "neither a file or folder"),
+        ("--image-size 132", "VAE's factor 8"),
     ],
 )
 def test_a_users_mistake_is_one_sentence_and_exit_2(photos, tmp_path, capsys, flags, message):
@@ -762,6 +766,155 @@ def test_demo_then_sample(tmp_path, capsys):
             sample.main([*common, *flags])
         assert stop.value.code == 2
     assert asdict(sample.load_checkpoint(out / "last.pt")[1]) == config["config"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Latents
+
+
+def toy_vae(folder, seed):
+    """A folder as diffusers writes it, of a VAE that halves images."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    AutoencoderKL(**blocks, block_out_channels=[32, 32], layers_per_block=1, latent_channels=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    return toy_vae(tmp_path_factory.mktemp("vae"), 0)
+
+
+def test_the_pair_of_encoder_and_decoder(vae, tmp_path):
+    network, spec = latents.load_vae(str(vae))
+    assert (spec["factor"], spec["channels"], spec["scale"], spec["bias"]) == (2, 4, [0.18215] * 4, [0.0] * 4)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    moments = latents.encode(network, images)
+    posterior = network.encode(images / 127.5 - 1).latent_dist
+    mean, std = moments.chunk(2, dim=1)
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(std, (posterior.logvar / 2).exp())  # the deviation, not its logarithm
+    noise = normal(0, *mean.shape)
+    torch.testing.assert_close(latents.to_latent(moments, noise, spec), (mean + std * noise) * 0.18215)
+    scale, bias = torch.tensor([1.0, 2, 3, 4]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    torch.save(dict(latents_scale=scale.view(1, 4, 1, 1), latents_bias=bias.view(1, 4, 1, 1)), tmp_path / "stats.pt")
+    network, stats = latents.load_vae(str(vae), stats=tmp_path / "stats.pt")
+    z = latents.to_latent(moments, 0 * noise, stats)
+    torch.testing.assert_close(z, (mean - bias.view(4, 1, 1)) * scale.view(4, 1, 1))
+    torch.testing.assert_close(latents.decode(network, z, stats), network.decode(mean).sample, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="latents with scale|holds latents of local with scale"):
+        latents.same_spec(spec, stats, "here")
+    torch.save(dict(latents_scale=scale), tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="bad.pt holds no"):
+        latents.read_stats(tmp_path / "bad.pt", 4)
+
+
+LATENT = [*RUN, "--model", "SiT-S/2", "--vae-precision", "fp32"]
+
+
+def test_a_cache_is_written_whole_resumed_and_refused(photos, vae, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(latents, "SHARD", 10)
+    out = tmp_path / "cache"
+    flags = ["--cache-latents", "--image-size", 16, "--data", photos, "--vae", vae, "--device", "cpu", "--out"]
+    run(*flags, out)
+    shards = sorted(out.glob("moments-*.npy"))
+    before = [np.load(shard) for shard in shards]
+    assert [b.shape for b in before] == [(10, 8, 8, 8), (10, 8, 8, 8), (4, 8, 8, 8)] and before[0].dtype == np.float16
+    data = Folder(photos, 16, progress=False)
+    moments = latents.encode(latents.load_vae(str(vae))[0], data[np.arange(10, 20)][0])
+    torch.testing.assert_close(torch.from_numpy(before[1]).float(), moments, rtol=2e-3, atol=2e-3)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["count"] == 24 and manifest["classes"] == ["cats", "dogs"] and manifest["spec"]["factor"] == 2
+    assert json.loads((out / "files.json").read_text()) == data.files and np.load(out / "labels.npy").sum() == 12
+
+    encoded, encode = [], latents.encode
+    monkeypatch.setattr(latents, "encode", lambda v, images: encoded.append(len(images)) or encode(v, images))
+    run(*flags, out)
+    assert not encoded  # a finished cache is left alone
+    shards[1].unlink()  # as a run that was stopped leaves it
+    with pytest.raises(SystemExit):
+        run(*LATENT, "--data", photos, "--vae", vae, "--latents", out, "--out", tmp_path / "x")
+    assert "moments-00001.npy is not there" in capsys.readouterr().err
+    run(*flags, out)
+    assert sum(encoded) == 10 and all(np.array_equal(np.load(s), b) for s, b in zip(shards, before))
+
+    other = toy_vae(tmp_path / "other", 1)
+    for more, message in (
+        (["--vae", other], "asked for is local with sha256"),
+        (["--image-size", 32], "image_size"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(*flags, out, *more)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+        with pytest.raises(SystemExit) as stop:
+            run(*LATENT, "--data", photos, "--vae", vae, "--latents", out, "--out", tmp_path / "x", *more)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    shards[2].write_bytes(shards[2].read_bytes()[:600])
+    with pytest.raises(SystemExit):
+        run(*LATENT, "--data", photos, "--vae", vae, "--latents", out, "--out", tmp_path / "x")
+    assert "moments-00002.npy is damaged" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(*flags, photos)
+    assert "something else" in capsys.readouterr().err
+
+
+def test_training_on_latents(photos, vae, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    common = ["--data", photos, "--vae", vae]
+    torchrun("train.py", *common, "--cache-latents", "--image-size", 16, "--device", "cpu", "--out", cache)
+    flags = [*LATENT, *common, "--sample-every", 0]
+    run(*flags, "--out", tmp_path / "loop")  # the VAE in every step
+    run(*flags, "--latents", cache, "--out", tmp_path / "cached", "--workers", 2)
+    run(*flags, "--latents", cache, "--out", tmp_path / "stopped", "--steps", 3)
+    run("--resume", "--out", tmp_path / "stopped", "--steps", 4)
+    rows = [json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[-1]) for n in ("loop", "cached")]
+    assert rows[0]["held_out"] == pytest.approx(rows[1]["held_out"], rel=1e-3)  # float16 moments are that close
+    assert rows[0]["align"] == pytest.approx(rows[1]["align"], rel=1e-2)
+    for key, value in weights(tmp_path / "cached").items():
+        assert torch.equal(value, weights(tmp_path / "stopped")[key])
+    assert not (tmp_path / "cached/samples").exists()
+    with pytest.raises(SystemExit):  # other latents under the same run
+        run("--resume", "--out", tmp_path / "loop", "--steps", 6, "--vae", toy_vae(tmp_path / "other", 1))
+    assert "asked for is local with sha256" in capsys.readouterr().err
+
+    ckpt = ["--ckpt", str(tmp_path / "cached/last.pt"), "--steps", "2", "--num", "5", "--batch-size", "2"]
+    with pytest.raises(SystemExit):
+        sample.main([*ckpt, "--npz", str(tmp_path / "s.npz")])
+    assert "name its folder after --vae" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sample.main([*ckpt, "--npz", str(tmp_path / "s.npz"), "--vae", str(tmp_path / "other")])
+    assert "holds latents of local with sha256" in capsys.readouterr().err
+    sample.main([*ckpt, "--npz", str(tmp_path / "s.npz"), "--vae", str(vae)])
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (5, 16, 16, 3)
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert record["latent"]["scale"] == [0.18215] * 4 and record["config"]["in_channels"] == 4
+
+
+def test_sampling_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    model = fill(SiT(Config(**{**TINY, "in_channels": 3})), strong=True)
+    torch.save(dict(ema=model.state_dict(), config=asdict(model.config)), tmp_path / "m.pt")
+    flags = ["--ckpt", str(tmp_path / "m.pt"), "--steps", "2", "--num", "7", "--batch-size", "2", "--npz"]
+    sample.main([*flags, str(tmp_path / "whole.npz")])
+    calls, generate = [], sample.generate
+
+    def dies(model, labels, indices, *args):
+        calls.append(list(indices))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(model, labels, indices, *args)
+
+    monkeypatch.setattr(sample, "generate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main([*flags, str(tmp_path / "s.npz")])
+    with pytest.raises(SystemExit):
+        sample.main([*flags, str(tmp_path / "s.npz"), "--seed", "1"])
+    assert "unfinished samples with seed 0, not 1" in capsys.readouterr().err
+    sample.main([*flags, str(tmp_path / "s.npz")])
+    assert calls[2:] == [[4, 5], [4, 5], [6]] and not (tmp_path / "s.npz.parts").exists()
+    for key in ("arr_0", "labels"):
+        assert np.array_equal(np.load(tmp_path / "s.npz")[key], np.load(tmp_path / "whole.npz")[key])
 
 
 # ---------------------------------------------------------------------------------------------------------------

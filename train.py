@@ -3,7 +3,9 @@
     python train.py --demo                                        five minutes on a laptop, no download
     python train.py --data photos.zip --image-size 32 --model SiT-S/4 --steps 20000 --out runs/photos
     python train.py --resume --out runs/photos                    goes on from runs/photos/last.pt, with its settings
-    torchrun --nproc_per_node=8 train.py --encoder dinov2_vitb14  the paper's setting
+    torchrun --nproc_per_node=8 train.py --cache-latents --data data/imagenet/train --out data/imagenet/latents-256
+    torchrun --nproc_per_node=8 train.py --encoder dinov2_vitb14 --latents data/imagenet/latents-256
+                                                                  the paper's setting
 
 OUT holds config.json (every setting, versions), log.jsonl (a line each --log-every steps), samples/ (grids from the
 EMA), curves.png and last.pt. A flag wins over a preset (--method, --demo), a preset over a default. Noise, times,
@@ -65,6 +67,13 @@ def build_parser():
     add("--image-size", type=int, default=256, help="side in pixels; images are centre-cropped to it as in ADM")
     add("--skip-broken", action="store_true", help="leave out, and list, images that cannot be decoded")
     add("--workers", type=int, help="decoding processes a rank; by default none where images are kept in memory")
+    add = parser.add_argument_group("latents").add_argument
+    add("--vae", help="sd-vae-ft-mse (from 128 px up), sd-vae-ft-ema, a folder or file of one, or none: pixels")
+    add("--vae-weights", choices=("random",), help="instead of the VAE's own, for tests only")
+    add("--vae-precision", default="fp32", choices=("fp32", "bf16"), help="of the VAE's encoder and decoder")
+    add("--latent-stats", metavar="FILE", help="scale and bias of each channel, as the release's .pt has them")
+    add("--latents", metavar="DIR", help="cache of --data's latents; without it the VAE encodes in each step, slowly")
+    add("--cache-latents", action="store_true", help="write that cache to --out, and leave; goes on where it stopped")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=400_000, help="optimiser steps")
     add("--batch-size", type=int, default=256, help="global: over all processes and accumulated parts")
@@ -82,7 +91,7 @@ def build_parser():
     add("--resume", action="store_true", help="continue from OUT/last.pt with its settings; flags given still win")
     add("--log-every", type=int, default=100, help="steps")
     add("--ckpt-every", type=int, default=10_000, help="steps")
-    add("--sample-every", type=int, default=10_000, help="steps")
+    add("--sample-every", type=int, default=10_000, help="steps between grids of samples; 0 is never")
     add("--sample-cfg", type=float, default=1.0, help="guidance scale of the grids; 1 is none")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks; default: on GPUs")
@@ -112,6 +121,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from inputs.images import BrokenImage, Folder, Shapes  # noqa: E402
+from inputs.latents import Cached, decode, encode, load_vae, same_spec, to_latent, write_cache  # noqa: E402
 from inputs.teachers import fast_bf16, list_encoders, load_encoder  # noqa: E402
 from irepa import Config, SiT, irepa_loss  # noqa: E402
 from sample import generate, line, pick_device, read_checkpoint, save_grid, seeded, start_ranks, to_uint8, versions  # noqa: E402
@@ -137,10 +147,18 @@ def resolve(parser, argv=None):
             if not {"model", "ema", "opt", "step", "settings"} <= checkpoint.keys():
                 raise ValueError(f"{out / 'last.pt'} is no checkpoint of train.py")
             saved = {k: v for k, v in checkpoint["settings"].items() if k in defaults}
-    elif out.exists() and int(os.environ.get("RANK", 0)) == 0:
+    elif out.exists() and int(os.environ.get("RANK", 0)) == 0 and not given.get("cache_latents"):
         raise FileExistsError(f"{out} exists; --resume continues it, another --out leaves it as it is")
     args = argparse.Namespace(**{**defaults, **METHODS[method], **demo, **saved, **given, "out": str(out)})
-    positive = "image_size steps batch_size accumulate log_every ckpt_every sample_every lr clip".split()
+    if args.vae is None:
+        args.vae = "none" if args.demo or args.image_size < 128 else "sd-vae-ft-mse"
+    if args.vae == "none" and (args.latents or args.cache_latents or args.latent_stats):
+        raise ValueError(
+            "--latents, --cache-latents and --latent-stats go with a --vae, and with images from 128 px up"
+        )
+    if args.cache_latents and not given.get("out"):
+        raise ValueError("--cache-latents writes to a folder of its own: name it with --out")
+    positive = "image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
     for name in positive:
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
@@ -154,9 +172,13 @@ def resolve(parser, argv=None):
     return args, checkpoint
 
 
-def network(args, num_classes=1000, encoder_dim=1):
+def network(args, spec=None, num_classes=1000, encoder_dim=1):
     """The Config that the flags ask for. ValueError where they do not fit together."""
-    fields = dict(input_size=args.image_size, in_channels=3, num_classes=num_classes, encoder_dim=encoder_dim)
+    factor, channels = (spec["factor"], spec["channels"]) if spec else (8, 4) if args.vae != "none" else (1, 3)
+    if args.image_size % factor:
+        raise ValueError(f"--image-size {args.image_size} is not a multiple of the VAE's factor {factor}")
+    fields = dict(input_size=args.image_size // factor, in_channels=channels)
+    fields.update(num_classes=num_classes, encoder_dim=encoder_dim)
     for name in "projector kernel_size gamma proj_coeff qk_norm path class_dropout".split():
         fields[name] = getattr(args, name)
     for name in "encoder_depth hidden_size depth num_heads".split():
@@ -166,14 +188,14 @@ def network(args, num_classes=1000, encoder_dim=1):
     tokens = (config.input_size // config.patch_size) ** 2
     if tokens > 4096:
         raise ValueError(
-            f"{args.model} on {args.image_size}-px images has {tokens} tokens: it is meant for VAE latents, which are"
-            " not there yet; on pixels choose a larger patch or smaller images, such as --model SiT-S/4 --image-size 32"
+            f"{args.model} on {args.image_size}-px images has {tokens} tokens: leave --vae none out, or choose a larger"
+            " patch or smaller images, such as --model SiT-S/4 --image-size 32"
         )
     return config
 
 
-def same_run(args, config, data, checkpoint):
-    """ValueError where a checkpoint belongs to another network or other data than what is asked."""
+def same_run(args, config, data, spec, checkpoint):
+    """ValueError where a checkpoint belongs to another network, other data or other latents than what is asked."""
     old, new = dict(checkpoint["config"]), dataclasses.asdict(config)
     for key in "method encoder seed batch_size".split():
         old[key], new[key] = checkpoint["settings"][key], getattr(args, key)
@@ -182,6 +204,8 @@ def same_run(args, config, data, checkpoint):
     for key in old:
         if old[key] != new.get(key):
             raise ValueError(f"{args.out} was started with {key} {old[key]}, not {new.get(key)}; start another --out")
+    if spec:
+        same_spec(spec, checkpoint["latent"], f"{args.out}/last.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -212,9 +236,25 @@ def batches(indices, args, start, rank, world):
             yield whole[i * size : (i + 1) * size]
 
 
-def to_input(images, device):
-    """uint8 -> [-1, 1] on the device."""
-    return images.to(device, non_blocking=True).float() / 127.5 - 1
+def to_input(images, moments, latent, generator, part=(0, 1)):
+    """What the network sees: pixels in [-1, 1] or, with latent = (VAE, spec), a sample of the images' posterior.
+
+    moments come from a cache, or are None: then the VAE encodes. part is as in irepa_loss.
+    """
+    if latent is None:
+        return images.float() / 127.5 - 1
+    vae, spec = latent
+    moments = encode(vae, images) if moments is None else moments
+    (i, n), size = part, len(moments)
+    shape = n * size, spec["channels"], *moments.shape[2:]
+    noise = torch.randn(shape, generator=generator, device=generator.device)[i * size : (i + 1) * size]
+    return to_latent(moments, noise.to(moments.device), spec)
+
+
+def on(device, batch):
+    """(images or None, labels, moments or None) of a batch, on the device."""
+    images, labels, moments = (*batch, None)[:3]
+    return (a if a is None else a.to(device, non_blocking=True) for a in (images, labels, moments))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -227,9 +267,8 @@ def held_out_loss(model, held, config, autocast, device):
     model.eval()
     plain = dataclasses.replace(config, projector=None)
     total = torch.zeros(2, device=device)
-    for i, n, images, labels in held:
+    for i, n, x, y in held:
         with autocast:
-            x, y = to_input(images, device), labels.to(device)
             loss = irepa_loss(model, x, y, None, plain, generator=seeded(0, 0), part=(i, n))["denoise"]
         total += torch.stack([loss, torch.ones_like(loss)])
     model.train()
@@ -260,11 +299,13 @@ def plot(out):
     plt.close(figure)
 
 
-def draw_samples(ema, data, args, path):
+def draw_samples(ema, data, args, latent, path):
     """A grid from the EMA: 8 images of each of the first 10 classes, always from the same noise."""
     names = data.classes[:10]
     labels = torch.arange(len(names)).repeat_interleave(8)
     x = generate(ema, labels, range(len(labels)), sampler="heun", steps=25, cfg=args.sample_cfg)
+    if latent:
+        x = torch.cat([decode(latent[0], z, latent[1]) for z in x.split(8)])
     path.parent.mkdir(exist_ok=True)
     save_grid(to_uint8(x), names, path)
 
@@ -301,21 +342,34 @@ def main(argv=None):
             raise FileNotFoundError(
                 f"--data {args.data} does not exist: name a folder of class folders, or a .zip of one"
             )
-        network(args)  # what does not fit together is said before anything slow
+        if args.vae in ("none", "sd-vae-ft-mse", "sd-vae-ft-ema"):
+            network(args)  # what does not fit together is said before anything slow
         device = pick_device(args.device)
         first = int(os.environ.get("RANK", 0)) == 0
-        data = (
-            Shapes(args.image_size, 10_000)
-            if args.demo
-            else Folder(args.data, args.image_size, args.skip_broken, first)
-        )
-        grid = args.image_size // int(args.model.split("/")[1])
+        latent = None
+        if args.vae != "none":
+            bf16 = args.vae_precision == "bf16"
+            latent = load_vae(args.vae, args.vae_weights, args.latent_stats, device, bf16)
+        spec = latent[1] if latent else None
+        network(args, spec)
+        if args.demo:
+            data = Shapes(args.image_size, 10_000)
+        else:
+            data = Folder(args.data, args.image_size, args.skip_broken, first)
+        if args.cache_latents:
+            return cache(args, data, latent, device)
+        if args.latents:
+            data = Cached(data, args.latents, images=args.projector is not None)
+            same_spec(spec, data.spec, args.latents)
+        grid = network(args, spec).input_size // int(args.model.split("/")[1])
         teacher = load_encoder(args.encoder, grid, args.encoder_weights, device) if args.projector else None
-        config = network(args, len(data.classes), teacher.dim if teacher else 1)
+        config = network(args, spec, len(data.classes), teacher.dim if teacher else 1)
         if checkpoint:
-            same_run(args, config, data, checkpoint)
+            same_run(args, config, data, spec, checkpoint)
         if first:
             Path(args.out).mkdir(parents=True, exist_ok=args.resume)
+    except BrokenImage as e:
+        parser.error(str(e).strip().splitlines()[-1])  # behind a worker's traceback
     except (ValueError, OSError) as e:
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
         parser.error(line(e))
@@ -324,13 +378,34 @@ def main(argv=None):
             print(f"left out: {broken}")
         if args.encoder_weights == "random" and teacher:
             print("warning: the teacher's weights are random; this is for tests only")
+        if args.vae_weights and latent:
+            print("warning: the VAE's weights are random; this is for tests only")
     try:
-        train(args, config, data, teacher, device, checkpoint)
+        train(args, config, data, teacher, latent, device, checkpoint)
     except BrokenImage as e:
-        parser.error(str(e).strip().splitlines()[-1])  # behind a worker's traceback
+        parser.error(str(e).strip().splitlines()[-1])
 
 
-def train(args, config, data, teacher, device, checkpoint=None):
+def cache(args, data, latent, device):
+    """--cache-latents: every process writes its shards."""
+    rank, world = start_ranks(device)
+    for broken in data.broken if rank == 0 else []:
+        print(f"left out: {broken}")
+    start = time.time()
+    written = write_cache(data, *latent, args.out, device, rank=rank, world=world)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        data = Cached(data, args.out)  # which checks every shard
+        size = sum(file.stat().st_size for file in Path(args.out).iterdir())
+        print(
+            f"{args.out}: the latents of {len(data)} images, {size / 2**20:.1f} MiB, complete;"
+            f" {written} shards written here in {time.time() - start:.0f} s"
+        )
+
+
+def train(args, config, data, teacher, latent, device, checkpoint=None):
     rank, world = start_ranks(device)
     out, parts = Path(args.out), world * args.accumulate
     bf16 = fast_bf16(device) if args.precision == "auto" else args.precision == "bf16"
@@ -356,7 +431,12 @@ def train(args, config, data, teacher, device, checkpoint=None):
         wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     indices, chunks = split(len(data))
-    held = [(i, len(chunks), *data[chunk]) for i, chunk in enumerate(chunks) if i % world == rank]
+    held = []
+    for i, chunk in enumerate(chunks):
+        if i % world == rank:
+            images, labels, moments = on(device, data[chunk])
+            x = to_input(images, moments, latent, seeded(0, 1), part=(i, len(chunks)))
+            held.append((i, len(chunks), x, labels))
     workers = args.workers
     if workers is None:
         workers = (
@@ -388,6 +468,7 @@ def train(args, config, data, teacher, device, checkpoint=None):
     def save(step):
         state = dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, seconds=seconds)
         state.update(config=dataclasses.asdict(config), settings=vars(args), classes=data.classes, images=len(data))
+        state.update(latent=latent[1] if latent else None)
         save_atomically(state, out / "last.pt")
 
     sums, skipped, since, clock = torch.zeros(4, device=device), torch.zeros((), device=device), start, time.time()
@@ -400,14 +481,13 @@ def train(args, config, data, teacher, device, checkpoint=None):
             ramp *= 0.5 + 0.5 * np.cos(np.pi * step / args.steps)
         opt.param_groups[0]["lr"] = args.lr * float(ramp)
         for i in range(rank, parts, world):
-            images, labels = next(feed)
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images, labels, moments = on(device, next(feed))
             target = teacher(images) if teacher else None
+            generator = seeded(args.seed, step, device)
+            x = to_input(images, moments, latent, generator, part=(i, parts))
             last = i + world >= parts
             with nullcontext() if last or world == 1 else wrapped.no_sync():
                 with autocast:
-                    generator = seeded(args.seed, step, device)
-                    x = to_input(images, device)
                     losses = irepa_loss(wrapped, x, labels, target, config, generator, part=(i, parts))
                 (losses["loss"] / args.accumulate).backward()
             sums[:3] += torch.stack([losses[k].detach() for k in ("loss", "denoise", "align")]) / args.accumulate
@@ -449,10 +529,11 @@ def train(args, config, data, teacher, device, checkpoint=None):
             refuse_skipped(skipped, done, out)
             if rank == 0:
                 save(done)
-        if rank == 0 and (done % args.sample_every == 0 or done == args.steps):
-            draw_samples(ema, data, args, out / "samples" / f"step-{done:07d}.png")
-            if log.stat().st_size:
-                plot(out)
+        drawn = args.sample_every and (done % args.sample_every == 0 or done == args.steps)
+        if rank == 0 and drawn:
+            draw_samples(ema, data, args, latent, out / "samples" / f"step-{done:07d}.png")
+        if rank == 0 and (drawn or done == args.steps) and log.stat().st_size:
+            plot(out)
         clock += time.time() - pause
     bar.close()
     if rank == 0:

@@ -1,0 +1,246 @@
+"""VAE latents: one encode/decode pair with its scale, and a cache of a data set's posteriors.
+
+A latent is z = (posterior sample - bias) * scale, per channel; SD-VAE: scale 0.18215, bias 0. What a latent means is
+its spec, a dict (vae, sha256 of its weights, channels, factor, scale, bias), which lies in every cache and checkpoint:
+latents of another VAE or scale look alike and mean something else.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+VAES = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-mse", "sd-vae-ft-ema")}
+# the architecture of both, for files that hold tensors only
+SD_VAE = dict(
+    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4,
+    block_out_channels=[128, 256, 512, 512], layers_per_block=2, sample_size=256, scaling_factor=0.18215,
+)  # fmt: skip
+SHARD = 2048  # images in a shard: 34 MB at 256 px
+
+# ---------------------------------------------------------------------------------------------------------------
+# The pair
+
+
+def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
+    """-> (AutoencoderKL of diffusers, spec). name: one of VAES, a diffusers folder, or a file of the release.
+
+    weights: "random" (tests only); stats: a .pt with latents_scale and latents_bias. ValueError where it cannot be had.
+    """
+    try:
+        from diffusers import AutoencoderKL  # late: four seconds that pixels need not wait for
+    except ImportError as e:
+        raise ValueError(f"--vae {name} takes diffusers: pip install diffusers ({e})") from e
+    if name not in VAES and not os.path.exists(name):
+        raise FileNotFoundError(f"--vae {name}: neither a file or folder, nor one of {', '.join(VAES)}, none")
+    if weights not in (None, "random"):
+        raise ValueError(f"--vae-weights takes 'random', not {weights}; a file or folder goes after --vae")
+    try:
+        if weights == "random":
+            torch.manual_seed(0)
+            vae = AutoencoderKL(**SD_VAE)
+        elif os.path.isfile(name):
+            with tempfile.TemporaryDirectory() as folder:  # without a config at hand diffusers asks the hub for one
+                with torch.device("meta"):
+                    AutoencoderKL(**SD_VAE).save_config(folder)
+                vae = AutoencoderKL.from_single_file(name, config=folder, local_files_only=True)
+        else:
+            vae = AutoencoderKL.from_pretrained(VAES.get(name, name), local_files_only=name not in VAES)
+    except Exception as e:  # network, hub, format and shape errors have no common class
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+        hint = f": fetch huggingface.co/{VAES[name]} and name its folder after --vae" if name in VAES else ""
+        raise ValueError(f"--vae {name} cannot be loaded ({why}){hint}") from e
+    digest = hashlib.sha256()
+    for key, value in sorted(vae.state_dict().items()):
+        digest.update(key.encode() + value.numpy().tobytes())
+    channels = vae.config.latent_channels
+    scale, bias = [vae.config.scaling_factor] * channels, [0.0] * channels
+    if stats:
+        scale, bias = read_stats(stats, channels)
+    spec = dict(vae=name if name in VAES else "local", sha256=digest.hexdigest(), channels=channels, scale=scale)
+    spec.update(bias=bias, factor=2 ** (len(vae.config.block_out_channels) - 1))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return vae.eval().requires_grad_(False).to(device, dtype), spec
+
+
+def read_stats(path, channels):
+    """(scale, bias), a list each, from the release's file of latents_scale and latents_bias."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        scale, bias = (torch.as_tensor(data[k]).flatten().tolist() for k in ("latents_scale", "latents_bias"))
+    except Exception as e:  # pickle, zip and key errors have no common class
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+        raise ValueError(f"--latent-stats {path} holds no latents_scale and latents_bias ({why})") from e
+    if len(scale) != channels or len(bias) != channels or not np.isfinite(scale + bias).all() or 0 in scale:
+        raise ValueError(f"--latent-stats {path}: {channels} finite scales and biases are needed, not {scale}, {bias}")
+    return scale, bias
+
+
+@torch.no_grad()
+def encode(vae, images):
+    """images uint8 [B, 3, H, W] -> the posterior's moments, float32 [B, 2C, h, w]: mean, then standard deviation."""
+    with torch.autocast(images.device.type, enabled=False):  # the loop's autocast is not meant for the VAE
+        posterior = vae.encode((images.float() / 127.5 - 1).to(vae.dtype)).latent_dist
+    return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+
+def per_channel(spec, like):
+    return (torch.tensor(spec[k], device=like.device, dtype=torch.float32).view(-1, 1, 1) for k in ("scale", "bias"))
+
+
+def to_latent(moments, noise, spec):
+    """Moments [B, 2C, h, w] and normal noise [B, C, h, w] -> the latent that the model sees, float32."""
+    mean, std = moments.float().chunk(2, dim=1)
+    scale, bias = per_channel(spec, mean)
+    return (mean + std * noise - bias) * scale
+
+
+@torch.no_grad()
+def decode(vae, z, spec):
+    """Latents [B, C, h, w] -> images [B, 3, H, W] in about [-1, 1], float32."""
+    scale, bias = per_channel(spec, z)
+    with torch.autocast(z.device.type, enabled=False):
+        return vae.decode((z.float() / scale + bias).to(vae.dtype)).sample.float()
+
+
+def same_spec(wanted, found, where):
+    """ValueError, with both values, where latents mean different things."""
+    for key in ("sha256", "scale", "bias", "channels", "factor"):
+        if wanted[key] != found[key]:
+            ours, theirs = (f"{s['vae']} with {key} {s[key]}" for s in (wanted, found))
+            raise ValueError(f"{where} holds latents of {theirs}; asked for is {ours}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
+    """The moments of each image of `data` (a Folder) as float16 shards under `out`, each written whole or not at all.
+
+    manifest.json says what they are. A shard that is there is kept: a run that was stopped goes on. With `world`
+    processes each takes every world-th shard. ValueError where `out` holds another cache.
+    """
+    out = Path(out)
+    side = data.size // spec["factor"]
+    manifest = dict(spec=spec, image_size=data.size, crop="centre, as in ADM", count=len(data), shard=SHARD)
+    manifest.update(moments="float16 [N, 2C, h, w]: mean, standard deviation", classes=data.classes)
+    manifest.update(files_sha256=digest_of(data.files))
+    if (out / "manifest.json").exists():
+        found = read_manifest(out)
+        same_spec(spec, found["spec"], str(out))
+        for key in ("image_size", "count", "shard", "files_sha256", "classes"):
+            if found[key] != manifest[key]:
+                raise ValueError(f"{out} holds another cache: its {key} is {found[key]}, not {manifest[key]}")
+    elif rank == 0:
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} holds something else, and is left as it is; name a new folder with --out")
+        out.mkdir(parents=True, exist_ok=True)
+        np.save(out / "labels.npy", data.labels)
+        write(out / "files.json", json.dumps(data.files).encode())
+        write(out / "manifest.json", json.dumps(manifest, indent=1).encode())
+    if world > 1:
+        torch.distributed.barrier()  # the folder is there
+    starts = range(0, len(data), SHARD)
+    todo = [s for s in list(starts)[rank::world] if not shard_path(out, s).exists()]
+    count = sum(min(SHARD, len(data) - s) for s in todo)
+    stops = {start: min(start + SHARD, len(data)) for start in todo}
+    parts = [np.arange(i, min(i + batch_size, stop)) for s, stop in stops.items() for i in range(s, stop, batch_size)]
+    workers = 0 if data.images is not None else min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    feed = torch.utils.data.DataLoader(data, batch_size=None, sampler=parts, num_workers=workers)
+    with tqdm(total=count, unit="img", desc="encoding", disable=rank > 0) as bar:
+        for part, (images, _) in zip(parts, feed):
+            start = part[0] // SHARD * SHARD
+            if part[0] == start:
+                moments = np.empty((stops[start] - start, 2 * spec["channels"], side, side), np.float16)
+            encoded = encode(vae, images.to(device))
+            if not torch.isfinite(encoded).all() or encoded.abs().max() > 65504:
+                raise ValueError(f"the VAE's moments of {data.files[part[0]]} and after it do not fit float16")
+            moments[part - start] = encoded.cpu().numpy()
+            bar.update(len(part))
+            if part[-1] + 1 == stops[start]:
+                with open(f"{shard_path(out, start)}.tmp", "wb") as f:
+                    np.save(f, moments)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(f.name, shard_path(out, start))
+    return len(todo)
+
+
+def shard_path(out, start):
+    return Path(out) / f"moments-{start // SHARD:05d}.npy"
+
+
+def write(path, content):
+    with open(f"{path}.tmp", "wb") as f:
+        f.write(content)
+    os.replace(f"{path}.tmp", path)
+
+
+def digest_of(files):
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
+def read_manifest(path):
+    """The manifest of a cache. ValueError, naming the file, where it is not one."""
+    try:
+        manifest = json.loads((Path(path) / "manifest.json").read_text())
+        needed = {"spec", "image_size", "count", "shard", "classes", "files_sha256"}
+        if not needed <= manifest.keys() or not {"vae", "sha256", "channels", "factor", "scale", "bias"} <= {
+            *manifest["spec"]
+        }:
+            raise ValueError("entries are missing")
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is no cache of latents: manifest.json cannot be used ({e})") from e
+    return manifest
+
+
+class Cached:
+    """A Folder with its cache: data[indices] -> (uint8 [B, 3, S, S] for the teacher or None, labels, moments).
+
+    ValueError where the cache is unfinished, or is of other images. Shards are memory-mapped: nothing is read ahead.
+    """
+
+    def __init__(self, data, path, images=True):
+        manifest = read_manifest(path)
+        self.data, self.path, self.spec, self.decode = data, str(path), manifest["spec"], images
+        self.classes, self.files, self.labels, self.maps = data.classes, data.files, data.labels, {}
+        self.images, self.broken = data.images, data.broken
+        for key, value in (("image_size", data.size), ("count", len(data)), ("files_sha256", digest_of(data.files))):
+            if manifest[key] != value:
+                raise ValueError(f"{path} is not a cache of {data.path}: its {key} is {manifest[key]}, not {value}")
+        side = data.size // self.spec["factor"]
+        for start in range(0, len(data), SHARD):
+            file, shape = (
+                shard_path(path, start),
+                (min(SHARD, len(data) - start), 2 * self.spec["channels"], side, side),
+            )
+            if not file.exists():
+                raise ValueError(f"{path} is unfinished: {file.name} is not there; run --cache-latents again")
+            try:
+                shard = np.load(file, mmap_mode="r", allow_pickle=False)
+            except (ValueError, EOFError, OSError) as e:
+                raise ValueError(f"{file} is damaged ({e}); delete it and run --cache-latents again") from e
+            if shard.shape != shape or shard.dtype != np.float16:
+                raise ValueError(f"{file} is damaged: {shard.dtype} {shard.shape}, not float16 {shape}")
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getstate__(self):
+        return {**self.__dict__, "maps": {}}
+
+    def __getitem__(self, indices):
+        moments = []
+        for i in indices:
+            start = i // SHARD * SHARD
+            if start not in self.maps:
+                self.maps[start] = np.load(shard_path(self.path, start), mmap_mode="r", allow_pickle=False)
+            moments.append(self.maps[start][i - start])
+        images = self.data[indices][0] if self.decode else None
+        return images, torch.from_numpy(self.labels[indices]), torch.from_numpy(np.stack(moments))
