@@ -464,6 +464,23 @@ def test_hog():
         hog(images[..., :6, :6])
 
 
+def test_sift():
+    sift = load_encoder("sift", grid=4)
+    images = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 32, 32)).astype(np.uint8))
+    tokens = sift(images)
+    assert tokens.shape == (2, 16, sift.dim)
+    torch.testing.assert_close(tokens.norm(dim=-1), torch.ones(2, 16))
+    ramp = torch.arange(32, dtype=torch.uint8).mul(8)
+    for image, only in ((ramp.expand(1, 3, 32, 32), 0), (ramp[:, None].expand(1, 3, 32, 32), 2)):
+        for direction, picture in ((only, image), (only + 4, 255 - image)):  # unlike HOG's, directions have a sign
+            by_bin = sift(picture).view(16, 16, 8).sum((0, 1))
+            assert by_bin.argmax() == direction and by_bin[direction] > 0.999 * by_bin.sum()
+    shifted = sift(torch.roll(images, 8, dims=3))  # by one place of the grid; the border aside
+    torch.testing.assert_close(shifted.view(2, 4, 4, -1)[:, :, 2], tokens.view(2, 4, 4, -1)[:, :, 1])
+    with pytest.raises(ValueError, match="two pixels for each token"):
+        load_encoder("sift", 16)(images[..., :24, :24])
+
+
 def test_timm_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(teachers, "fast_bf16", lambda device: False)  # where the processor has it, bf16 hides digits
     name = "timm:vit_tiny_patch16_224.augreg_in21k"

@@ -50,7 +50,7 @@ def build_parser():
     add("--proj-coeff", type=float, default=1.0, help="weight of the alignment in the loss")
     add("--encoder-depth", type=int, help="align after this block; by size: 4 for S and B, 8 for L and XL")
     add = parser.add_argument_group("teacher").add_argument
-    add("--encoder", default="hog", help="hog (no weights), a name of --list-encoders, or timm:<any ViT id>")
+    add("--encoder", default="hog", help="hog or sift (no weights), a name of --list-encoders, timm:<any ViT>")
     add("--encoder-weights", metavar="FILE", help="local weights instead of a download; 'random' is for tests only")
     add("--list-encoders", action="store_true", help="print the teachers by name, and leave")
     add = parser.add_argument_group("model").add_argument

@@ -64,8 +64,8 @@ def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
         scale, bias = read_stats(stats, channels)
     spec = dict(vae=name if name in VAES else "local", sha256=digest.hexdigest(), channels=channels, scale=scale)
     spec.update(bias=bias, factor=2 ** (len(vae.config.block_out_channels) - 1))
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return vae.eval().requires_grad_(False).to(device, dtype), spec
+    vae = vae.eval().requires_grad_(False).to(device)
+    return (vae.bfloat16() if bf16 else vae), spec
 
 
 def read_stats(path, channels):

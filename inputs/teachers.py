@@ -1,9 +1,10 @@
 """Teachers: frozen encoders whose patch tokens the transformer is aligned with.
 
 load_encoder(name, grid) -> teacher; teacher(images uint8 [B, 3, H, W]) -> tokens [B, grid*grid, teacher.dim], raw:
-the spatial norm is the method's, not the teacher's. Names: hog (no weights), those of ENCODERS, timm:<any ViT of timm>.
+the spatial norm is the method's, not the teacher's. Names: hog, sift (no weights), those of ENCODERS, timm:<any ViT>.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,7 @@ def weights_file(name):
 def list_encoders():
     """A table of ENCODERS, for people."""
     rows = [("--encoder", "width", "params", "licence", "--encoder-weights (else timm downloads it, if it can)")]
-    rows.append(("hog", "128", "none", "", "none"))
+    rows += [(name, "128", "none", "", "none") for name in DRAWN]
     for name, e in ENCODERS.items():
         rows.append((name, str(e.dim), f"{e.millions}M", e.licence, weights_file(name)))
     rows.append(("timm:<ViT id>", "", "", "timm's", "any file of that model"))
@@ -124,13 +125,13 @@ def load_encoder(name, grid, weights=None, device="cpu"):
     weights: a local file in timm's or the original layout, None to let timm download, or "random" (tests only).
     ValueError for an unknown name, a grid that the teacher cannot match, or weights that do not fit.
     """
-    if name == "hog":
+    if name in DRAWN:
         if weights:
-            raise ValueError("--encoder hog has no weights: leave --encoder-weights out")
-        return Hog(grid).to(device)
+            raise ValueError(f"--encoder {name} has no weights: leave --encoder-weights out")
+        return DRAWN[name](grid).to(device)
     if name not in ENCODERS and not name.startswith("timm:"):
         raise ValueError(
-            f"unknown encoder {name!r}; there are hog, {', '.join(ENCODERS)} and timm:<any ViT id of timm>"
+            f"unknown encoder {name!r}; there are hog, sift, {', '.join(ENCODERS)} and timm:<any ViT id of timm>"
         )
     if weights not in (None, "random") and not os.path.exists(weights):
         raise FileNotFoundError(f"--encoder-weights {weights}: there is no such file")
@@ -188,6 +189,54 @@ def bilinear(size, grid, device):
     place = ((torch.arange(grid, device=device) + 0.5) * (size / grid) - 0.5).clamp(0, size - 1)
     low = place.long()
     return low, (low + 1).clamp(max=size - 1), place - low
+
+
+class Sift(nn.Module):
+    """Dense SIFT (Lowe, 2004): at each place of the grid an upright descriptor of 4x4 cells and 8 directions.
+
+    A descriptor covers twice the grid's spacing, which is 32x32 pixels at 256 px as in the released code; that one
+    turns each to its dominant direction, here all stay upright. Gaussian window, clipped at 0.2, length 1.
+    """
+
+    dim, bins, cells = 128, 8, 4
+
+    def __init__(self, grid):
+        super().__init__()
+        self.grid = grid
+
+    @torch.no_grad()
+    def forward(self, images):
+        side = min(images.shape[-2:])
+        cell = side / self.grid / 2  # pixels
+        if cell < 1:
+            raise ValueError(f"sift needs two pixels for each token, and has {side} for {self.grid}")
+        r, g, b = images.float().div(255).unbind(1)
+        gray = F.pad(0.2126 * r + 0.7152 * g + 0.0722 * b, (1, 1, 1, 1), mode="replicate")  # (B, H+2, W+2)
+        dx, dy = gray[:, 1:-1, 2:] - gray[:, 1:-1, :-2], gray[:, 2:, 1:-1] - gray[:, :-2, 1:-1]
+        place = (
+            torch.atan2(dy, dx) * (self.bins / (2 * torch.pi)) % self.bins
+        )  # between two bins, the last and first too
+        low = place.floor()
+        votes = torch.zeros(len(gray), self.bins, *dx.shape[1:], device=gray.device)
+        for n, weight in ((low, 1 + low - place), (low + 1, place - low)):
+            votes.scatter_add_(1, (n % self.bins).long()[:, None], (weight * torch.hypot(dx, dy))[:, None])
+        reach = math.ceil(cell) - 1  # each pixel votes for the cells on both sides of it, in proportion
+        tent = (1 - torch.arange(-reach, reach + 1, device=gray.device).abs() / cell).view(1, 1, 1, -1)
+        votes = F.conv2d(votes.flatten(0, 1)[:, None], tent, padding=(0, reach))
+        votes = F.conv2d(votes, tent.transpose(2, 3), padding=(reach, 0)).view(-1, self.bins, *dx.shape[1:])
+        offset = torch.arange(self.cells, device=gray.device) - (self.cells - 1) / 2  # -1.5 ... 1.5
+        centre = (torch.arange(self.grid, device=gray.device) + 0.5) * 2 / self.grid - 1
+        axis = (centre[:, None] + offset / self.grid).flatten()  # (grid * 4,) in [-1, 1]
+        points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).expand(len(gray), -1, -1, -1)
+        cells = F.grid_sample(votes, points, align_corners=False)  # (B, 8, grid*4, grid*4), zero outside the image
+        cells = cells.unflatten(3, (self.grid, 4)).unflatten(2, (self.grid, 4))  # (B, 8, g, 4, g, 4)
+        window = torch.exp(-((offset / 2) ** 2) / 2)
+        cells = cells * window.view(4, 1, 1) * window
+        tokens = l2(cells.permute(0, 2, 4, 3, 5, 1).flatten(3)).clamp(max=0.2)  # (B, g, g, 128)
+        return F.normalize(tokens, dim=-1).flatten(1, 2)  # (B, T, 128)
+
+
+DRAWN = {"hog": Hog, "sift": Sift}  # made by hand: no weights
 
 
 def build(timm_id, grid, side, **more):
