@@ -823,6 +823,13 @@ def test_the_pair_of_encoder_and_decoder(vae, tmp_path):
     torch.testing.assert_close(latents.decode(network, z, stats), network.decode(mean).sample, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="latents with scale|holds latents of local with scale"):
         latents.same_spec(spec, stats, "here")
+    from safetensors.torch import load_file, save_file
+
+    file = toy_vae(tmp_path / "lacking", 0) / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    save_file({k: v for k, v in state.items() if k != "quant_conv.bias"}, file)
+    with pytest.raises(ValueError, match="lacks 1 tensors, such as quant_conv.bias"):  # and is not left random
+        latents.load_vae(str(tmp_path / "lacking"))
     torch.save(dict(latents_scale=scale), tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="bad.pt holds no"):
         latents.read_stats(tmp_path / "bad.pt", 4)

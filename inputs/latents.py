@@ -43,14 +43,24 @@ def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
     try:
         if weights == "random":
             torch.manual_seed(0)
-            vae = AutoencoderKL(**SD_VAE)
+            vae, missing = AutoencoderKL(**SD_VAE), []
         elif os.path.isfile(name):
+            found = {fingerprint(v) for v in tensors(name)}  # diffusers leaves random what the file lacks
             with tempfile.TemporaryDirectory() as folder:  # without a config at hand diffusers asks the hub for one
                 with torch.device("meta"):
                     AutoencoderKL(**SD_VAE).save_config(folder)
-                vae = AutoencoderKL.from_single_file(name, config=folder, local_files_only=True)
+                vae = AutoencoderKL.from_single_file(
+                    name, config=folder, local_files_only=True, low_cpu_mem_usage=False
+                )
+            missing = [k for k, v in vae.state_dict().items() if fingerprint(v) not in found]
         else:
-            vae = AutoencoderKL.from_pretrained(VAES.get(name, name), local_files_only=name not in VAES)
+            source, local = VAES.get(name, name), name not in VAES
+            vae, info = AutoencoderKL.from_pretrained(
+                source, local_files_only=local, low_cpu_mem_usage=False, output_loading_info=True
+            )
+            missing = info["missing_keys"]
+        if missing:
+            raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]}")
     except Exception as e:  # network, hub, format and shape errors have no common class
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         hint = f": fetch huggingface.co/{VAES[name]} and name its folder after --vae" if name in VAES else ""
@@ -66,6 +76,24 @@ def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
     spec.update(bias=bias, factor=2 ** (len(vae.config.block_out_channels) - 1))
     vae = vae.eval().requires_grad_(False).to(device)
     return (vae.bfloat16() if bf16 else vae), spec
+
+
+def tensors(path):
+    """Every tensor in a .pt or .safetensors file, at any depth of its dicts."""
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return list(load_file(path).values())
+    stack, out = [torch.load(path, map_location="cpu", weights_only=True)], []
+    while stack:
+        item = stack.pop()
+        stack += item.values() if isinstance(item, dict) else []
+        out += [item] if torch.is_tensor(item) else []
+    return out
+
+
+def fingerprint(tensor):
+    return hashlib.sha256(tensor.float().contiguous().numpy().tobytes()).digest()  # the same for any shape
 
 
 def read_stats(path, channels):
