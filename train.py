@@ -350,6 +350,8 @@ def main(argv=None):
         if args.vae != "none":
             bf16 = args.vae_precision == "bf16"
             latent = load_vae(args.vae, args.vae_weights, args.latent_stats, device, bf16)
+            if args.vae_weights and first:
+                print("warning: the VAE's weights are random; this is for tests only")
         spec = latent[1] if latent else None
         network(args, spec)
         if args.demo:
@@ -378,8 +380,6 @@ def main(argv=None):
             print(f"left out: {broken}")
         if args.encoder_weights == "random" and teacher:
             print("warning: the teacher's weights are random; this is for tests only")
-        if args.vae_weights and latent:
-            print("warning: the VAE's weights are random; this is for tests only")
     try:
         train(args, config, data, teacher, latent, device, checkpoint)
     except BrokenImage as e:
