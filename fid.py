@@ -17,9 +17,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 import zipfile
 import zlib
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -290,8 +292,9 @@ class Npz:
         self.path, self.name = path, path
         with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
             shape, fortran, dtype = read_header(f)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-            raise ValueError(f"{path}: arr_0 is {dtype} {list(shape)}; images are uint8 [N, H, W, 3]")
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or fortran:
+            order = " in Fortran order" if fortran else ""
+            raise ValueError(f"{path}: arr_0 is {dtype} {list(shape)}{order}; images are uint8 [N, H, W, 3] in C order")
         self.count, self.size = shape[0], shape[1:3]
 
     def __len__(self):
@@ -305,7 +308,10 @@ class Npz:
             f.seek(f.tell() + low * pixels)
             for start in range(low, high, batch_size):
                 count = min(batch_size, high - start)
-                data = f.read(count * pixels)
+                try:
+                    data = f.read(count * pixels)
+                except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+                    raise ValueError(f"{self.path} is damaged between images {start} and {start + count} ({e})") from e
                 if len(data) < count * pixels:
                     raise ValueError(f"{self.path} is truncated at image {start + len(data) // pixels}")
                 images = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -323,9 +329,13 @@ class Files:
     def __init__(self, path, crop=None):
         self.name, self.path, self.crop, self.zips, self.size = str(path), Path(path), crop, {}, None
         if self.path.is_dir():
-            files = [(Path(d) / f).relative_to(path).as_posix() for d, _, names in os.walk(path) for f in names]
+            walk = os.walk(path, followlinks=True)
+            files = [(Path(d) / f).relative_to(path).as_posix() for d, _, names in walk for f in names]
         else:
-            files = zipfile.ZipFile(path).namelist()
+            try:
+                files = [f for f in zipfile.ZipFile(path).namelist() if not f.endswith("/")]
+            except (zipfile.BadZipFile, ValueError, OSError) as e:
+                raise ValueError(f"{path} is a damaged zip ({e})") from e
         visible = (f for f in files if not any(p.startswith((".", "__MACOSX")) for p in PurePosixPath(f).parts))
         self.files = sorted(f for f in visible if PurePosixPath(f).suffix.lower() in EXTENSIONS)
         if not self.files:
@@ -352,7 +362,8 @@ class Files:
             raise ValueError(f"{where} cannot be read ({type(e).__name__}: {e})") from e
         pixels = np.array(center_crop(image, self.crop) if self.crop else image)
         if self.size and pixels.shape[:2] != self.size:
-            raise ValueError(f"{where} is {pixels.shape[1]}x{pixels.shape[0]}, the first {self.size[1]}x{self.size[0]}")
+            sizes = f"{pixels.shape[1]}x{pixels.shape[0]}, the first {self.size[1]}x{self.size[0]}"
+            raise ValueError(f"{where} is {sizes}: images of one size are scored; --save-stats takes --image-size")
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def batches(self, low, high, batch_size):
@@ -395,7 +406,12 @@ def open_set(path, crop=None):
             raise ValueError("it is no folder, zip or npz, or is truncated")
         with np.load(path, allow_pickle=False) as data:
             images = Npz(path) if "arr_0" in data else None
-            statistics = {k: data[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "n", "size") if k in data}
+            statistics = {k: data[k] for k in ("mu", "sigma", "mu_s", "sigma_s") if k in data}
+            for key, kind in (("n", int), ("size", lambda size: (int(size[0]), int(size[1]))), ("fast", bool)):
+                if key in data:  # of --save-stats
+                    statistics[key] = kind(data[key])
+            if "inception" in data:
+                statistics["inception"] = str(data["inception"])
         if images is None and "mu" not in statistics:
             raise ValueError("it has neither arr_0 nor mu and sigma")
         for mu, sigma, d in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
@@ -406,6 +422,7 @@ def open_set(path, crop=None):
                 raise ValueError(f"{mu} or {sigma} has entries that are not finite")
     except (
         ValueError,
+        IndexError,
         TypeError,
         KeyError,
         EOFError,
@@ -422,6 +439,23 @@ def open_set(path, crop=None):
 # Evaluate
 
 
+@contextmanager
+def together(world):
+    """Where one process fails at its share, the others leave too instead of waiting for it."""
+    error = None
+    try:
+        yield
+    except ValueError as e:
+        error = e
+    failed = torch.tensor(float(error is not None))
+    if world > 1:
+        dist.all_reduce(failed)
+    if error:
+        raise error
+    if failed:
+        raise SystemExit(2)  # the one that failed says why
+
+
 def extract(images, model, device, batch_size, rank=0, world=1, exact=None):
     """The network over an image set -> (pool [N, 2048] float32, statistics), whole on rank 0, a share elsewhere.
 
@@ -432,7 +466,8 @@ def extract(images, model, device, batch_size, rank=0, world=1, exact=None):
     on = device if device.type == "cuda" else "cpu"  # MPS has no float64
     pool, done, difference = torch.empty(high - low, 2048, device=on), 0, None
     moments = Moments(2048, on), Moments(2023, on)
-    with tqdm(total=high - low, unit="img", desc=Path(images.name).name, disable=rank > 0) as bar:
+    bar = tqdm(total=high - low, unit="img", desc=Path(images.name).name, disable=rank > 0)
+    with bar, together(world):
         for batch in images.batches(low, high, batch_size):
             batch = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
             features, spatial, _ = model(batch)
@@ -494,9 +529,11 @@ def warnings_for(args, sides, digest):
             out.append(f"{name}: {n} images, fewer than the 2,048 features: a singular covariance, and a biased FID")
     if counts[0] is not None and counts[0] != 50_000:
         out.append(f"{counts[0]} samples, not 50,000: not comparable with published numbers")
-    if not digest.startswith(HASH):
+    if digest and not digest.startswith(HASH):
         out.append(f"the Inception weights (sha256 {digest[:8]}) are not the released ones: not comparable")
     differences = [s["difference"] for _, s in sides if s.get("difference") is not None]
+    if any(s.get("fast") for _, s in sides) and not args.fast:
+        out.append("stored statistics were made with --fast: approximate, not for reporting")
     if args.fast:
         out.append(
             f"--fast: approximate, not for reporting; bf16 moves the features by {max(differences, default=0):.2%}"
@@ -506,19 +543,22 @@ def warnings_for(args, sides, digest):
 
 def report(args, sides, model, digest, device, seconds):
     """The table on the screen, and what --save-stats and --json ask for, each written whole or not at all."""
+    warnings = warnings_for(args, sides, digest)
     if args.save_stats:
-        np.savez(f"{args.save_stats}.part.npz", **{k: v for k, v in sides[0][1].items() if v is not None})
+        statistics = {k: v for k, v in sides[0][1].items() if v is not None and k != "difference"}
+        np.savez(f"{args.save_stats}.part.npz", **statistics, inception=digest, fast=args.fast)
         os.replace(f"{args.save_stats}.part.npz", args.save_stats)
-        return print(f"{args.save_stats}: the statistics of {sides[0][1]['n']} images of {args.images[0]}")
-    values, warnings = score(sides, model.fc.weight, device), warnings_for(args, sides, digest)
-    settings = dict(network="bfloat16" if args.fast else "float32", inception=digest[:8], device=str(device))
+        print(f"{args.save_stats}: the statistics of {statistics['n']} images of {args.images[0]}")
+        return print(*(f"{'warning':<16} {w}" for w in warnings if "samples, not" not in w), sep="\n")
+    values = score(sides, model and model.fc.weight, device)
+    settings = dict(network="bfloat16" if args.fast else "float32", inception=digest and digest[:8], device=str(device))
     settings.update(torch=str(torch.__version__), splits_of=5000, neighbours=3, seconds=round(seconds, 1))
     record = {}
     for metric, value in values.items():
         print(f"{metric:<16} {value if isinstance(value, str) else f'{value:.4f}'}")
         record[metric.lower().replace(" ", "_")] = None if isinstance(value, str) else value
     for name, path, (pool, statistics) in zip(("samples", "reference"), args.images, sides):
-        n, seen = int(statistics["n"]) if "n" in statistics else None, 0 if pool is None else len(pool)
+        n, seen = statistics.get("n"), 0 if pool is None else len(pool)
         print(f"{name:<16} {path}: statistics of {n or 'an unknown number of'} images, {seen} images seen here")
         record[name] = dict(path=path, n=n, images_seen=seen)
     print(f"{'settings':<16} {', '.join(f'{k} {v}' for k, v in settings.items())}")
@@ -532,7 +572,8 @@ def report(args, sides, model, digest, device, seconds):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     add = parser.add_argument
     add("images", nargs="+", metavar="SAMPLES REFERENCE", help="npz, folder or zip of images, or statistics npz")
     add("--save-stats", metavar="OUT", help="write the statistics of one image set to OUT.npz instead")
@@ -558,6 +599,7 @@ def prepare(args):
     check(not args.image_size or args.save_stats, "--image-size goes with --save-stats: scored images stay as they are")
     check(args.image_size is None or args.image_size > 0, f"--image-size must be positive, not {args.image_size}")
     check(not args.save_stats or args.save_stats.endswith(".npz"), "the name after --save-stats must end in .npz")
+    check(not (args.save_stats and args.json), "--json is of a score; --save-stats writes none")
     for out in filter(None, (args.save_stats, args.json)):
         check(not Path(out).exists(), f"{out} exists and is left as it is; choose another name")
         check(Path(out).absolute().parent.is_dir(), f"{out}: there is no such folder")
@@ -566,6 +608,8 @@ def prepare(args):
         check(images is None or len(images) > 1, f"{path} holds one image only: a covariance needs at least two")
         check(images or not args.save_stats, f"{path} holds statistics already, and no images")
         sizes.append(tuple(images.size if images else statistics.get("size", ())))
+        if args.save_stats:
+            statistics.clear()  # those of the images are asked for
     if args.save_stats and args.image_size:
         check(sizes[0] == (args.image_size,) * 2, f"{args.images[0]}: an npz is not cropped, and is {sizes[0]} px")
     same = len({*filter(None, sizes)}) < 2
@@ -595,10 +639,18 @@ def main(argv=None):
             dist.init_process_group("gloo")  # a few hundred MB once, from the CPU: it works everywhere
             if local:
                 dist.barrier()  # the first process of each machine downloads
-        model, digest = load_inception(args.inception, device, args.fast)
+        model, digest, exact = None, None, None
+        if any(images for images, _ in sets):
+            model, digest = load_inception(args.inception, device, args.fast)
         if world > 1 and not local:
             dist.barrier()
-        exact = load_inception(args.inception, device)[0] if args.fast else None
+        known = {digest, *(statistics.get("inception") for _, statistics in sets)} - {None}
+        if len(known) > 1:
+            raise ValueError(
+                f"statistics of other Inception weights: sha256 {' and '.join(k[:8] for k in sorted(known))}"
+            )
+        if model and args.fast:
+            exact, _ = load_inception(args.inception, device)
         sides = []
         for images, statistics in sets:
             pool = None
@@ -612,7 +664,8 @@ def main(argv=None):
             report(args, sides, model, digest, device, time.time() - start)
     except (ValueError, OSError, zipfile.BadZipFile) as e:
         time.sleep(2 * (rank > 0))  # let the first process speak first
-        parser.error(str(e).strip().splitlines()[-1])  # behind a worker's traceback
+        last = str(e).strip().splitlines()[-1]  # behind a worker's traceback
+        parser.error(re.sub(r"^\w+(Error|File): ", "", last))
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -51,6 +51,8 @@ class Config:
             if not ok:
                 raise ValueError(message)
 
+        for name in "input_size patch_size in_channels hidden_size depth num_heads num_classes kernel_size".split():
+            check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         check(
             self.input_size % self.patch_size == 0,
             f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}",

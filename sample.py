@@ -14,8 +14,10 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -166,9 +168,12 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"{path}: there is no such checkpoint file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released files hold one
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # the format before torch 1.6 is no zip, and cannot be mapped
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
-        raise ValueError(f"{path} is refused: it is no checkpoint, or would run code when loaded ({line(e)})") from e
+        name = re.search(r"GLOBAL ([\w.]+)", str(e))
+        why = f"it would call {name[1]}" if name else line(e)
+        raise ValueError(f"{path} is refused: it is no checkpoint, or would run code when loaded ({why})") from e
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as e:
         raise ValueError(f"{path} is damaged or not a checkpoint ({line(e)})") from e
     if not isinstance(data, dict):
@@ -180,12 +185,12 @@ def line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def load_checkpoint(path, ema=True, **overrides):
+def load_checkpoint(path, /, ema=True, **overrides):
     """-> (SiT in eval mode on the CPU, Config). Reads our files and the released REPA and iREPA ones, strictly.
 
     A released file's config is inferred from its shapes; overrides set what shapes do not show (num_heads of an
     unusual width, path). A missing or surplus tensor is a ValueError that names it, except that the projector,
-    which sampling does not use, may be absent.
+    which sampling does not use, may be absent, and is ignored, whatever it is, with projector=None.
     """
     data = read_checkpoint(path)
     weights = data.get("ema" if ema else "model")
@@ -193,7 +198,11 @@ def load_checkpoint(path, ema=True, **overrides):
         weights = data  # a bare state dict
     if not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
         raise ValueError(f"{path} has no {'ema' if ema else 'model'} weights; it holds: {', '.join(map(str, data))}")
+    if not all(isinstance(k, str) for k in weights):
+        raise ValueError(f"{path} is damaged: its weights have names that are no strings")
     weights = {released_name(k): v for k, v in weights.items()}
+    if overrides.get("projector", True) is None:
+        weights = {k: v for k, v in weights.items() if not k.startswith("projectors.")}
     try:
         settings = data["config"] if isinstance(data.get("config"), dict) else infer_config(weights, data.get("args"))
         if not any(k.startswith("projectors.") for k in weights):
@@ -204,7 +213,7 @@ def load_checkpoint(path, ema=True, **overrides):
         config = Config(**settings)
         with torch.device("meta"):  # no initialisation: every tensor comes from the file
             model = SiT(config)
-    except (ValueError, TypeError, KeyError, IndexError) as e:
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError, AttributeError) as e:
         raise ValueError(f"{path}: no config fits its tensors: {line(e)}") from e
     expected = model.state_dict()
     problems = [f"missing {k}" for k in expected if k not in weights]
@@ -272,6 +281,7 @@ def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--ckpt", required=True, metavar="FILE", help="checkpoint: train.py's last.pt, or a released .pt")
@@ -400,50 +410,11 @@ def begin(parts, record):
             )
 
 
-def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        if args.npz and args.out_dir:
-            raise ValueError("--npz or --out-dir, not both")
-        if (args.npz or args.out_dir) and not args.num:
-            raise ValueError("say how many images: --num 50000 for a reported FID")
-        if min(args.steps, args.batch_size, args.num or 1) < 1:
-            raise ValueError("--steps, --batch-size and --num must be at least 1")
-        device = pick_device(args.device)
-        model, config = load_checkpoint(args.ckpt, ema=not args.no_ema)
-        data = read_checkpoint(args.ckpt)
-        latent = find_vae(args, data, config, device)
-        step, names = data.get("step", data.get("steps")), data.get("classes")
-        if args.npz or args.out_dir:
-            target = Path(args.npz or args.out_dir)
-        else:  # a grid, with a row for each label
-            few = ",".join(map(str, range(min(10, config.num_classes)))) if args.labels == "random" else args.labels
-            rows = sorted(set(choose_labels(few, range(args.num or 10), config.num_classes, args.seed).tolist()))
-            columns = max(1, args.num // len(rows)) if args.num else 8
-            args.num, args.labels = columns * len(rows), ",".join(str(row) for row in rows for _ in range(columns))
-            rows = [names[row] if names and row < len(names) else str(row) for row in rows]
-            stem = f"{Path(args.ckpt).with_suffix('')}-{args.sampler}{args.steps}-cfg{args.cfg:g}-seed{args.seed}"
-            free = (Path(f"{stem}{n}.png") for n in itertools.chain([""], map("-{}".format, itertools.count(2))))
-            target = next(path for path in free if not path.exists())
-        choose_labels(args.labels, [0], config.num_classes, args.seed)
-        for out in (target, beside(target)):
-            if out.exists():
-                raise ValueError(f"{out} exists and is left as it is; choose another name")
-        # one process looks: another may already have begun to write
-        parts, rank = Path(f"{target}.parts"), int(os.environ.get("RANK", 0))
-        with open(args.ckpt, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        record = dict(vars(args), step=step, checkpoint_sha256=digest, config=asdict(config))
-        record["latent"] = latent[1] if latent else None
-        if rank == 0 and not args.out_dir:
-            begin(parts, record)
-    except (ValueError, OSError) as e:
-        time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
-        parser.error(line(e))
+def write_samples(args, model, config, latent, target, rows, record, device):
+    """The images of this process, batch by batch; the first process then makes one file of them, and the JSON."""
     rank, world = start_ranks(device)
-    model.projectors = torch.nn.ModuleList()  # not used to sample
     model.to(device)
+    parts = Path(f"{target}.parts")
     if args.out_dir and rank == 0:
         target.mkdir(parents=True, exist_ok=True)
     if world > 1:
@@ -488,6 +459,58 @@ def main(argv=None):
         print(f"{args.num} images in {target}, every setting in {beside(target)}")
     if world > 1:
         dist.destroy_process_group()
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.npz and args.out_dir:
+            raise ValueError("--npz or --out-dir, not both")
+        if (args.npz or args.out_dir) and not args.num:
+            raise ValueError("say how many images: --num 50000 for a reported FID")
+        if min(args.steps, args.batch_size, 1 if args.num is None else args.num) < 1:
+            raise ValueError("--steps, --batch-size and --num must be at least 1")
+        if not math.isfinite(args.cfg) or not args.cfg_interval[0] <= args.cfg_interval[1]:
+            raise ValueError(
+                f"--cfg {args.cfg} is a finite scale, --cfg-interval LO HI has LO <= HI: {args.cfg_interval}"
+            )
+        device = pick_device(args.device)
+        model, config = load_checkpoint(args.ckpt, ema=not args.no_ema, projector=None)
+        data = read_checkpoint(args.ckpt)
+        latent = find_vae(args, data, config, device)
+        step, names = data.get("step", data.get("steps")), data.get("classes")
+        rows = None
+        if args.npz or args.out_dir:
+            target = Path(args.npz or args.out_dir)
+        else:  # a grid, with a row for each label
+            few = ",".join(map(str, range(min(10, config.num_classes)))) if args.labels == "random" else args.labels
+            rows = sorted(set(choose_labels(few, range(args.num or 10), config.num_classes, args.seed).tolist()))
+            columns = -(-args.num // len(rows)) if args.num else 8
+            args.num, args.labels = columns * len(rows), ",".join(str(row) for row in rows for _ in range(columns))
+            rows = [names[row] if names and row < len(names) else str(row) for row in rows]
+            stem = f"{Path(args.ckpt).with_suffix('')}-{args.sampler}{args.steps}-cfg{args.cfg:g}-seed{args.seed}"
+            free = (Path(f"{stem}{n}.png") for n in itertools.chain([""], map("-{}".format, itertools.count(2))))
+            target = next(path for path in free if not path.exists())
+        choose_labels(args.labels, [0], config.num_classes, args.seed)
+        for out in (target, beside(target)):
+            if out.exists():
+                raise ValueError(f"{out} exists and is left as it is; choose another name")
+        # one process looks: another may already have begun to write
+        parts, rank = Path(f"{target}.parts"), int(os.environ.get("RANK", 0))
+        with open(args.ckpt, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        record = dict(vars(args), step=step, checkpoint_sha256=digest, config=asdict(config))
+        record["latent"] = latent[1] if latent else None
+        if rank == 0 and not args.out_dir:
+            begin(parts, record)
+    except (ValueError, OSError) as e:
+        time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
+        parser.error(line(e))
+    try:
+        write_samples(args, model, config, latent, target, rows, record, device)
+    except (FloatingPointError, OSError) as e:
+        parser.error(line(e))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ DEMO = dict(
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=lambda prog: DefaultsHelp(prog, max_help_position=30, width=120)
-    )
+    def style(prog):
+        return DefaultsHelp(prog, max_help_position=30, width=120)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
 
     def optional(kind):
         def parse(text):
@@ -109,6 +110,7 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 import copy  # noqa: E402
 import dataclasses  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import time  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
@@ -136,6 +138,12 @@ def resolve(parser, argv=None):
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, parser))))
     given = {k: v for k, v in given.items() if v is not parser}  # what the user wrote
     demo = DEMO if given.get("demo") else {}
+    if demo and ("data" in given or given.get("cache_latents")):
+        raise ValueError("--demo draws its own images: leave --data and --cache-latents out, or --demo")
+    if demo and "model" in given:  # a size asked for by name is that size
+        demo = {k: v for k, v in demo.items() if k not in ("hidden_size", "depth", "num_heads", "encoder_depth")}
+    elif demo and given.get("depth", 1) > 0:
+        demo = {**demo, "encoder_depth": min(demo["encoder_depth"], given.get("depth", demo["depth"]))}
     saved, checkpoint = {}, None
     method, model = given.get("method", "irepa"), given.get("model", defaults["model"])
     out = Path(given.get("out") or demo.get("out") or f"runs/{method}-{model.replace('/', '-')}")
@@ -146,7 +154,12 @@ def resolve(parser, argv=None):
             checkpoint = read_checkpoint(out / "last.pt")
             if not {"model", "ema", "opt", "step", "settings"} <= checkpoint.keys():
                 raise ValueError(f"{out / 'last.pt'} is no checkpoint of train.py")
-            saved = {k: v for k, v in checkpoint["settings"].items() if k in defaults}
+            saved = checkpoint["settings"]
+        elif (out / "config.json").exists():  # stopped before its first checkpoint
+            saved = json.loads((out / "config.json").read_text())
+        else:
+            raise FileNotFoundError(f"--resume: {out} holds no run of train.py (neither last.pt nor config.json)")
+        saved = {k: v for k, v in saved.items() if k in defaults}
     elif out.exists() and int(os.environ.get("RANK", 0)) == 0 and not given.get("cache_latents"):
         raise FileExistsError(f"{out} exists; --resume continues it, another --out leaves it as it is")
     args = argparse.Namespace(**{**defaults, **METHODS[method], **demo, **saved, **given, "out": str(out)})
@@ -160,8 +173,12 @@ def resolve(parser, argv=None):
         raise ValueError("--cache-latents writes to a folder of its own: name it with --out")
     positive = "image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
     for name in positive:
-        if getattr(args, name) <= 0:
+        if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    for name in "proj_coeff gamma sample_cfg warmup workers sample_every seed".split():
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and (value >= 0 or isinstance(value, float))):
+            raise ValueError(f"--{name.replace('_', '-')} must be finite, and a count not negative; it is {value}")
     if not 0 <= args.class_dropout < 1 or not 0 <= args.ema < 1:
         raise ValueError("--class-dropout and --ema lie in [0, 1)")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -266,11 +283,13 @@ def held_out_loss(model, held, config, autocast, device):
     """Denoising loss over the held-out chunks with fixed noise and times: comparable between methods and runs."""
     model.eval()
     plain = dataclasses.replace(config, projector=None)
+    projectors, model.projectors = model.projectors, torch.nn.ModuleList()  # not needed here
     total = torch.zeros(2, device=device)
     for i, n, x, y in held:
         with autocast:
             loss = irepa_loss(model, x, y, None, plain, generator=seeded(0, 0), part=(i, n))["denoise"]
         total += torch.stack([loss, torch.ones_like(loss)])
+    model.projectors = projectors
     model.train()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -303,7 +322,9 @@ def draw_samples(ema, data, args, latent, path):
     """A grid from the EMA: 8 images of each of the first 10 classes, always from the same noise."""
     names = data.classes[:10]
     labels = torch.arange(len(names)).repeat_interleave(8)
+    projectors, ema.projectors = ema.projectors, torch.nn.ModuleList()  # not needed here
     x = generate(ema, labels, range(len(labels)), sampler="heun", steps=25, cfg=args.sample_cfg)
+    ema.projectors = projectors
     if latent:
         x = torch.cat([decode(latent[0], z, latent[1]) for z in x.split(8)])
     path.parent.mkdir(exist_ok=True)
@@ -365,25 +386,32 @@ def main(argv=None):
             same_spec(spec, data.spec, args.latents)
         grid = network(args, spec).input_size // int(args.model.split("/")[1])
         teacher = load_encoder(args.encoder, grid, args.encoder_weights, device) if args.projector else None
+        if teacher:  # which may have its own idea of a size that it can see
+            teacher(torch.zeros(1, 3, args.image_size, args.image_size, dtype=torch.uint8, device=device))
         config = network(args, spec, len(data.classes), teacher.dim if teacher else 1)
         if checkpoint:
             same_run(args, config, data, spec, checkpoint)
         if first:
             Path(args.out).mkdir(parents=True, exist_ok=args.resume)
     except BrokenImage as e:
-        parser.error(str(e).strip().splitlines()[-1])  # behind a worker's traceback
+        parser.error(last_line(e))
     except (ValueError, OSError) as e:
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
         parser.error(line(e))
     if first:
-        for broken in getattr(data, "broken", []):
-            print(f"left out: {broken}")
+        for n, broken in enumerate(getattr(data, "broken", []), start=1):
+            print(f"left out, {n} of {len(data.broken)}: {broken}")
         if args.encoder_weights == "random" and teacher:
             print("warning: the teacher's weights are random; this is for tests only")
     try:
         train(args, config, data, teacher, latent, device, checkpoint)
     except BrokenImage as e:
-        parser.error(str(e).strip().splitlines()[-1])
+        parser.error(last_line(e))
+
+
+def last_line(error):
+    """What a worker said, behind its traceback and the name of the class."""
+    return str(error).strip().splitlines()[-1].removeprefix("inputs.images.BrokenImage: ")
 
 
 def cache(args, data, latent, device):
@@ -459,7 +487,8 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
         (out / name).write_text(json.dumps(record, indent=1) + "\n")
         log = out / "log.jsonl"
         rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= start))  # later ones come again
+        kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= start]
+        log.write_text("".join(kept))  # later ones come again, and a half-written one
         print(
             f"{args.method} on {device}: {record['parameters'] / 1e6:.1f}M parameters, {len(indices)} images in"
             f" {len(data.classes)} classes, step {start} of {args.steps}"

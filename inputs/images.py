@@ -43,7 +43,10 @@ class Folder:
         if os.path.isfile(path):
             if not zipfile.is_zipfile(path):
                 raise ValueError(f"{path} is neither a folder nor a zip file, or the zip is damaged")
-            files = [i.filename for i in self.zip().infolist() if not i.is_dir()]
+            try:
+                files = [i.filename for i in self.zip().infolist() if not i.is_dir()]
+            except (zipfile.BadZipFile, ValueError, OSError) as e:
+                raise ValueError(f"{path} is a damaged zip ({e})") from e
         else:
             walk = ((os.path.relpath(d, path), names) for d, _, names in os.walk(path, followlinks=True))
             files = [Path(folder, name).as_posix() for folder, names in walk for name in names]
@@ -57,6 +60,9 @@ class Folder:
         if in_memory or skip_broken or len(files) <= CHECK_ALL:
             files = self.decode_all(files, skip_broken, progress)
         folders = [PurePosixPath(f).parent.name for f in files]
+        if "" in folders and any(folders):
+            stray = files[folders.index("")]
+            raise ValueError(f"{path}: {stray} lies beside the class folders, in none of them; move or remove it")
         self.classes = sorted(set(folders))
         if len(self.classes) < 2:
             raise ValueError(
@@ -133,9 +139,11 @@ def is_image(file):
 def to_rgb(image):
     """Any PIL image -> upright RGB; transparent parts become white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel: PIL would clip, not scale
+    if image.mode[0] in "IF":  # 16 bits a pixel: PIL would clip, not scale
         array = np.asarray(image, np.float64)
-        image = Image.fromarray((array / (65535 if array.max() > 255 else 255) * 255).round().astype(np.uint8))
+        if image.mode == "F" or array.min() < 0 or array.max() > 65535:
+            raise ValueError(f"its mode {image.mode} has no fixed range; convert it to 8 or 16 bits")
+        image = Image.fromarray((array / 257).round().astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
