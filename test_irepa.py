@@ -23,7 +23,7 @@ import inputs.teachers as teachers
 import irepa
 import sample
 import train
-from inputs.images import BrokenImage, Folder, Shapes, center_crop
+from inputs.images import BrokenImage, Folder, Shapes, center_crop, to_rgb
 from inputs.teachers import load_encoder
 from irepa import Config, SiT, alignment_loss, interpolate, irepa_loss, spatial_norm
 
@@ -359,6 +359,12 @@ def test_bad_checkpoints_are_named_errors(tmp_path):
     for name in ("cut.pt", "text.pt"):
         with pytest.raises(ValueError, match=name):
             sample.load_checkpoint(tmp_path / name)
+    refused(dict(ema=state, config=dict(asdict(Config(**TINY)), num_heads=0)), "num_heads must be positive")
+    odd = {**state, "projectors.1.projection_layer.weight": torch.ones(3)}
+    refused(dict(ema=odd), "surplus projectors.1")
+    assert sample.load_checkpoint(tmp_path / "bad.pt", projector=None, path="cosine")[1].path == "cosine"
+    torch.save(dict(ema=state), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert sample.load_checkpoint(tmp_path / "old.pt")[1].projector == "conv"
     without = {k: v for k, v in state.items() if "projector" not in k}  # files for evaluation only
     torch.save(dict(ema=without), tmp_path / "eval.pt")
     assert sample.load_checkpoint(tmp_path / "eval.pt")[1].projector is None
@@ -410,6 +416,9 @@ def test_images_of_every_kind(tmp_path):
     assert (named["alpha.png"] == 255).all()  # nothing but white shows through
     assert named["exif.jpeg"][:, :5].float().mean() > 200 > 50 > named["exif.jpeg"][:, -5:].float().mean()
     assert named["16bit.png"].float().mean() == pytest.approx(127, abs=2)
+    Image.fromarray(np.full((16, 16), 200, np.uint16)).save(tmp_path / "dark.png")  # one scale for all 16-bit images
+    with Image.open(tmp_path / "dark.png") as image:
+        assert np.asarray(to_rgb(image)).max() == 1
     assert torch.equal(named["gray.JPG"][0], named["gray.JPG"][2])
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as z:
         for file in data.files:
@@ -428,6 +437,11 @@ def test_bad_data_is_a_named_error(photos, tmp_path):
     (tmp_path / "none").mkdir()
     refused("holds no images", tmp_path / "none")
     refused("one class only", photos / "cats")
+    (tmp_path / "stray").mkdir()
+    for file in ("a/x.png", "b/y.png", "z.png"):
+        (tmp_path / "stray" / file).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "stray" / file)
+    refused("z.png lies beside the class folders", tmp_path / "stray")
     (tmp_path / "x.zip").write_bytes(b"PK nonsense")
     refused("neither a folder nor a zip", tmp_path / "x.zip")
     broken = tmp_path / "broken"
@@ -621,6 +635,10 @@ def test_flags_win_over_presets_and_presets_over_defaults(capsys):
     assert (args.model, args.image_size, args.batch_size, args.lr, args.clip) == ("SiT-XL/2", 256, 256, 1e-4, 1.0)
     assert (args.ema, args.steps, args.data, args.warmup) == (0.9999, 400_000, "data/imagenet/train", 0)
     assert settings("--demo", "--steps", "7").steps == 7
+    assert settings("--demo", "--model", "SiT-B/8").hidden_size is None and settings("--demo").hidden_size == 192
+    assert settings("--demo", "--depth", "1").encoder_depth == 1
+    with pytest.raises(ValueError, match="leave --data"):
+        settings("--demo", "--data", "photos")
     with pytest.raises(SystemExit) as stop:
         settings("--kernel", "3", "--lerning-rate", "1")
     assert stop.value.code == 2 and "--lerning-rate" in capsys.readouterr().err
@@ -638,6 +656,10 @@ def test_flags_win_over_presets_and_presets_over_defaults(capsys):
         ("--resume", "does not exist"),
         ("--device tpu9", "cannot be used"),
         ("--steps 0", "must be positive"),
+        ("--lr nan", "must be positive"),
+        ("--seed -1", "it is -1"),
+        ("--kernel-size 0", "must be positive"),
+        ("--image-size 4 --model SiT-S/2", "at least 8 px"),
         ("--image-size 512 --vae none", "16384 tokens"),
         ("--image-size 12 --cache-latents", "go with a --vae"),
         ("--vae nowhere", "neither a file or folder"),
@@ -1127,6 +1149,13 @@ def test_the_table(image_sets, tmp_path, monkeypatch, capsys):
     score(image_sets / "plain.npz", tmp_path / "stats.npz", "--json", tmp_path / "more.json")
     record = json.loads((tmp_path / "more.json").read_text())
     assert record["precision"] is None and "reference is statistics only" in record["not_available"]["precision"]
+    other = dict(np.load(tmp_path / "stats.npz"), inception="f" * 64, fast=True)
+    np.savez(tmp_path / "other.npz", **other)
+    with pytest.raises(SystemExit):
+        score(image_sets / "plain.npz", tmp_path / "other.npz")
+    assert "other Inception weights" in capsys.readouterr().err
+    score(tmp_path / "other.npz", tmp_path / "other.npz")  # needs no network
+    assert "made with --fast" in capsys.readouterr().out
     stored = dict(np.load(tmp_path / "stats.npz"))  # a standard reference: statistics of more than its images
     del stored["mu_s"], stored["sigma_s"], stored["n"]
     stored["mu"] = stored["mu"] + 1
