@@ -456,7 +456,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
     wrapped = model
     if world > 1:
         ids = [device] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     indices, chunks = split(len(data))
     held = []
@@ -567,7 +567,8 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
     bar.close()
     if rank == 0:
         cfg = f" --cfg {args.sample_cfg:g}" if args.sample_cfg != 1 else ""
-        print(f"{out}/samples and {out}/curves.png show the run; next: python sample.py --ckpt {out}/last.pt{cfg}")
+        shown = f"{out}/samples and {out}/curves.png show" if args.sample_every else f"{out}/curves.png shows"
+        print(f"{shown} the run; next: python sample.py --ckpt {out}/last.pt{cfg}")
     if world > 1:
         dist.destroy_process_group()
 
