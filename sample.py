@@ -201,6 +201,11 @@ def load_checkpoint(path, /, ema=True, **overrides):
     if not all(isinstance(k, str) for k in weights):
         raise ValueError(f"{path} is damaged: its weights have names that are no strings")
     weights = {released_name(k): v for k, v in weights.items()}
+    # REPA's oldest files number the blocks after the alignment anew, as decoder_blocks
+    first = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
+    weights = {
+        re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + first}", k): v for k, v in weights.items()
+    }
     if overrides.get("projector", True) is None:
         weights = {k: v for k, v in weights.items() if not k.startswith("projectors.")}
     try:

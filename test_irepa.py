@@ -304,20 +304,24 @@ def test_rounding():
 # Checkpoints
 
 
-def released(kind, path, **extra):
+def released(kind, path, legacy=False, **extra):
     """A file as REPA or iREPA publish it -> its weights under our names."""
     model = fill(SiT(Config(**{**TINY, "hidden_size": 384, "num_heads": 6, "encoder_depth": 3}, projector=kind)))
     state = {"module._orig_mod." + k: v for k, v in model.state_dict().items()}
     if kind == "mlp":  # REPA's own name of it
         state = {k.replace("projection_layer.", ""): v for k, v in state.items()}
+    if legacy:
+        state = {k.replace("blocks.3.", "decoder_blocks.0."): v for k, v in state.items()}
     args = argparse.Namespace(encoder_depth=3, path_type="linear", lr=1e-4)
     torch.save(dict(model=state, ema=state, opt={}, args=args, steps=7, **extra), path)
     return model.state_dict()
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv", "linear", None])
-def test_released_checkpoints_load_strictly(tmp_path, kind):
-    state = released(kind, tmp_path / "0400000.pt")
+@pytest.mark.parametrize(
+    "kind,legacy", [("mlp", False), ("mlp", True), ("conv", False), ("linear", False), (None, False)]
+)
+def test_released_checkpoints_load_strictly(tmp_path, kind, legacy):
+    state = released(kind, tmp_path / "0400000.pt", legacy)
     model, config = sample.load_checkpoint(tmp_path / "0400000.pt")
     assert (config.projector, config.encoder_depth if kind else 3, config.num_heads) == (kind, 3, 6)
     assert (config.input_size, config.num_classes, config.qk_norm) == (8, 10, False)
