@@ -21,7 +21,6 @@ SD_VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4,
     block_out_channels=[128, 256, 512, 512], layers_per_block=2, sample_size=256, scaling_factor=0.18215,
 )  # fmt: skip
-SHARD = 2048  # images in a shard: 34 MB at 256 px
 
 # ---------------------------------------------------------------------------------------------------------------
 # The pair
@@ -156,17 +155,20 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
     """
     out = Path(out)
     side = data.size // spec["factor"]
-    manifest = dict(spec=spec, image_size=data.size, crop="centre, as in ADM", count=len(data), shard=SHARD)
+    shard = min(2048, max(16, len(data) // 64))  # images in a file: 34 MB at most at 256 px, and little to lose
+    manifest = dict(spec=spec, image_size=data.size, crop="centre, as in ADM", count=len(data), shard=shard)
     manifest.update(moments="float16 [N, 2C, h, w]: mean, standard deviation", classes=data.classes)
     manifest.update(files_sha256=digest_of(data.files))
     if (out / "manifest.json").exists():
         found = read_manifest(out)
         same_spec(spec, found["spec"], str(out))
-        for key in ("image_size", "count", "shard", "files_sha256", "classes"):
+        shard = found["shard"]
+        for key in ("image_size", "count", "files_sha256", "classes"):
             if found[key] != manifest[key]:
                 raise ValueError(f"{out} holds another cache: its {key} is {found[key]}, not {manifest[key]}")
     elif rank == 0:
-        if out.exists() and any(out.iterdir()):
+        begun = {"labels.npy", "files.json", "files.json.tmp", "manifest.json.tmp"}
+        if out.exists() and {file.name for file in out.iterdir()} - begun:
             raise ValueError(f"{out} holds something else, and is left as it is; name a new folder with --out")
         out.mkdir(parents=True, exist_ok=True)
         np.save(out / "labels.npy", data.labels)
@@ -174,16 +176,16 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
         write(out / "manifest.json", json.dumps(manifest, indent=1).encode())
     if world > 1:
         torch.distributed.barrier()  # the folder is there
-    starts = range(0, len(data), SHARD)
-    todo = [s for s in list(starts)[rank::world] if not shard_path(out, s).exists()]
-    count = sum(min(SHARD, len(data) - s) for s in todo)
-    stops = {start: min(start + SHARD, len(data)) for start in todo}
+    starts = range(0, len(data), shard)
+    todo = [s for s in list(starts)[rank::world] if not shard_path(out, s, shard).exists()]
+    count = sum(min(shard, len(data) - s) for s in todo)
+    stops = {start: min(start + shard, len(data)) for start in todo}
     parts = [np.arange(i, min(i + batch_size, stop)) for s, stop in stops.items() for i in range(s, stop, batch_size)]
     workers = 0 if data.images is not None else min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     feed = torch.utils.data.DataLoader(data, batch_size=None, sampler=parts, num_workers=workers)
     with tqdm(total=count, unit="img", desc="encoding", disable=rank > 0) as bar:
         for part, (images, _) in zip(parts, feed):
-            start = part[0] // SHARD * SHARD
+            start = part[0] // shard * shard
             if part[0] == start:
                 moments = np.empty((stops[start] - start, 2 * spec["channels"], side, side), np.float16)
             encoded = encode(vae, images.to(device))
@@ -192,16 +194,16 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
             moments[part - start] = encoded.cpu().numpy()
             bar.update(len(part))
             if part[-1] + 1 == stops[start]:
-                with open(f"{shard_path(out, start)}.tmp", "wb") as f:
+                with open(f"{shard_path(out, start, shard)}.tmp", "wb") as f:
                     np.save(f, moments)
                     f.flush()
                     os.fsync(f.fileno())
-                os.replace(f.name, shard_path(out, start))
+                os.replace(f.name, shard_path(out, start, shard))
     return len(todo)
 
 
-def shard_path(out, start):
-    return Path(out) / f"moments-{start // SHARD:05d}.npy"
+def shard_path(out, start, shard):
+    return Path(out) / f"moments-{start // shard:05d}.npy"
 
 
 def write(path, content):
@@ -219,9 +221,11 @@ def read_manifest(path):
     try:
         manifest = json.loads((Path(path) / "manifest.json").read_text())
         needed = {"spec", "image_size", "count", "shard", "classes", "files_sha256"}
-        if not needed <= manifest.keys() or not {"vae", "sha256", "channels", "factor", "scale", "bias"} <= {
-            *manifest["spec"]
-        }:
+        if (
+            not needed <= manifest.keys()
+            or manifest["shard"] < 1
+            or not {"vae", "sha256", "channels", "factor", "scale", "bias"} <= {*manifest["spec"]}
+        ):
             raise ValueError("entries are missing")
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no cache of latents: manifest.json cannot be used ({e})") from e
@@ -243,19 +247,18 @@ class Cached:
             if manifest[key] != value:
                 raise ValueError(f"{path} is not a cache of {data.path}: its {key} is {manifest[key]}, not {value}")
         side = data.size // self.spec["factor"]
-        for start in range(0, len(data), SHARD):
-            file, shape = (
-                shard_path(path, start),
-                (min(SHARD, len(data) - start), 2 * self.spec["channels"], side, side),
-            )
+        self.shard = manifest["shard"]
+        for start in range(0, len(data), self.shard):
+            file = shard_path(path, start, self.shard)
+            shape = min(self.shard, len(data) - start), 2 * self.spec["channels"], side, side
             if not file.exists():
                 raise ValueError(f"{path} is unfinished: {file.name} is not there; run --cache-latents again")
             try:
-                shard = np.load(file, mmap_mode="r", allow_pickle=False)
+                stored = np.load(file, mmap_mode="r", allow_pickle=False)
             except (ValueError, EOFError, OSError) as e:
                 raise ValueError(f"{file} is damaged ({e}); delete it and run --cache-latents again") from e
-            if shard.shape != shape or shard.dtype != np.float16:
-                raise ValueError(f"{file} is damaged: {shard.dtype} {shard.shape}, not float16 {shape}")
+            if stored.shape != shape or stored.dtype != np.float16:
+                raise ValueError(f"{file} is damaged: {stored.dtype} {stored.shape}, not float16 {shape}")
 
     def __len__(self):
         return len(self.data)
@@ -266,9 +269,9 @@ class Cached:
     def __getitem__(self, indices):
         moments = []
         for i in indices:
-            start = i // SHARD * SHARD
+            start = i // self.shard * self.shard
             if start not in self.maps:
-                self.maps[start] = np.load(shard_path(self.path, start), mmap_mode="r", allow_pickle=False)
+                self.maps[start] = np.load(shard_path(self.path, start, self.shard), mmap_mode="r", allow_pickle=False)
             moments.append(self.maps[start][i - start])
         images = self.data[indices][0] if self.decode else None
         return images, torch.from_numpy(self.labels[indices]), torch.from_numpy(np.stack(moments))
