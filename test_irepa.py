@@ -1,4 +1,4 @@
-"""python -m pytest -q test_irepa.py: the whole project on a CPU, without a download, in two to three minutes."""
+"""python -m pytest -q test_irepa.py: the whole project on a CPU, without a download, in about two minutes."""
 
 import argparse
 import json
