@@ -182,7 +182,7 @@ def read_checkpoint(path):
 
 
 def line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_checkpoint(path, /, ema=True, **overrides):
