@@ -191,7 +191,7 @@ def load_inception(file=None, device="cpu", fast=False):
         model, weights = InceptionV3(), torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(weights)
     except Exception as e:  # pickle, zip and shape errors have no common class
-        why = " ".join(str(e).split())[:300]
+        why = " ".join(str(e).split())[:300] or type(e).__name__
         raise ValueError(f"{path} does not hold pt_inception-2015-12-05's weights ({why})") from e
     model = model.fold().to(device)
     return (model.bfloat16() if fast else model), digest
@@ -333,8 +333,13 @@ class Files:
     def __init__(self, path, crop=None):
         self.name, self.path, self.crop, self.zips, self.size = str(path), Path(path), crop, {}, None
         if self.path.is_dir():
-            walk = os.walk(path, followlinks=True)
-            files = [(Path(d) / f).relative_to(path).as_posix() for d, _, names in walk for f in names]
+            files, seen = [], set()
+            for folder, below, names in os.walk(path, followlinks=True):
+                if os.path.realpath(folder) in seen:  # a loop of links
+                    below.clear()
+                    continue
+                seen.add(os.path.realpath(folder))
+                files += [(Path(folder) / name).relative_to(path).as_posix() for name in names]
         else:
             try:
                 files = [f for f in zipfile.ZipFile(path).namelist() if not f.endswith("/")]
@@ -379,10 +384,13 @@ class Files:
 
 
 def to_rgb(image):
-    """Upright, transparent parts white, 8 bits a channel. ValueError for deeper images, which PIL would clip."""
+    """Upright, transparent parts white, 8 bits a channel. ValueError for images without a fixed range."""
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert it first")
+    if image.mode[0] in "IF":  # 16 bits: scaled as in training, where PIL would clip
+        array = np.asarray(image, np.float64)
+        if image.mode == "F" or array.min() < 0 or array.max() > 65535:
+            raise ValueError(f"its mode {image.mode} has no fixed range; convert it to 8 or 16 bits")
+        image = Image.fromarray((array / 257).round().astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -431,7 +439,7 @@ def open_set(path, crop=None):
         KeyError,
         EOFError,
         OSError,
-        NotImplementedError,
+        RuntimeError,
         zlib.error,
         zipfile.BadZipFile,
     ) as e:

@@ -7,7 +7,8 @@
 The defaults are the protocol of the reported numbers: EMA weights, SDE Euler-Maruyama with 250 steps, no guidance.
 Noise and label of image i depend on (seed, i) alone, so that its pixels are the same for any batch size or number of
 processes, to float rounding. A JSON beside the samples records every setting and the checkpoint's hash. A run that was
-stopped goes on when it is started again: finished batches lie in NAME.parts until the last one is there.
+stopped goes on when it is started again: finished batches lie in NAME.parts until the last one is there (PNG folders
+of --out-dir start anew).
 """
 
 import argparse
@@ -372,7 +373,11 @@ def find_vae(args, data, config, device):
     """(VAE, spec) that turns the samples into images; None for a model of pixels. ValueError where they do not fit."""
     spec = data.get("latent")
     if spec is None and config.in_channels == 3:
+        if args.vae not in (None, "none") or args.latent_stats:
+            raise ValueError(f"{args.ckpt} makes pixels: leave --vae and --latent-stats out")
         return None
+    if args.vae == "none":
+        raise ValueError(f"{args.ckpt} makes latents, which take a VAE: --vae none is for pixels")
     name = args.vae or (spec["vae"] if spec else "sd-vae-ft-mse")
     if name == "local":
         raise ValueError(
@@ -436,6 +441,8 @@ def write_samples(args, model, config, latent, target, rows, record, device):
             x = generate(model, labels, indices, args.seed, args.sampler, args.steps, args.cfg, args.cfg_interval)
             if latent:
                 x = torch.cat([decode(latent[0], z, latent[1]) for z in x.split(8)])
+                if not torch.isfinite(x).all():
+                    raise FloatingPointError(f"the VAE's images {indices[0]} to {indices[-1]} are not finite")
             images = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
             if args.out_dir:
                 for i, image in zip(indices, images):
@@ -493,7 +500,7 @@ def main(argv=None):
             rows = sorted(set(choose_labels(few, range(args.num or 10), config.num_classes, args.seed).tolist()))
             columns = -(-args.num // len(rows)) if args.num else 8
             args.num, args.labels = columns * len(rows), ",".join(str(row) for row in rows for _ in range(columns))
-            rows = [names[row] if names and row < len(names) else str(row) for row in rows]
+            rows = [str(names[row]) if names and row < len(names) else str(row) for row in rows]
             stem = f"{Path(args.ckpt).with_suffix('')}-{args.sampler}{args.steps}-cfg{args.cfg:g}-seed{args.seed}"
             free = (Path(f"{stem}{n}.png") for n in itertools.chain([""], map("-{}".format, itertools.count(2))))
             target = next(path for path in free if not path.exists())

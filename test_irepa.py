@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -441,6 +442,12 @@ def test_bad_data_is_a_named_error(photos, tmp_path):
     (tmp_path / "none").mkdir()
     refused("holds no images", tmp_path / "none")
     refused("one class only", photos / "cats")
+    (tmp_path / "loop").symlink_to(photos)
+    (photos / "cats/me").symlink_to(photos)
+    try:
+        assert len(Folder(tmp_path / "loop", 16, progress=False)) == 24  # each folder once
+    finally:
+        (photos / "cats/me").unlink()
     (tmp_path / "stray").mkdir()
     for file in ("a/x.png", "b/y.png", "z.png"):
         (tmp_path / "stray" / file).parent.mkdir(exist_ok=True)
@@ -706,6 +713,13 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path):
     for i, state in a["opt"]["state"].items():
         assert all(torch.equal(v, b["opt"]["state"][i][k]) for k, v in state.items())
     assert any((a["ema"][k] != v).any() for k, v in a["model"].items()) and a["classes"] == ["cats", "dogs"]
+    (tmp_path / "straight/last.pt").rename(tmp_path / "kept.pt")  # as a run stopped before its first checkpoint
+    assert json.loads((tmp_path / "straight/config.json").read_text())["device"] == "cpu"
+    with pytest.raises(SystemExit):
+        run("--resume", "--out", tmp_path / "stopped", "--steps", 6)  # nothing to do
+    run("--resume", "--out", tmp_path / "straight")
+    again = weights(tmp_path / "straight")
+    assert all(torch.equal(v, again[k]) for k, v in a["model"].items())
     rows = [[json.loads(r) for r in (tmp_path / n / "log.jsonl").open()] for n in ("straight", "stopped")]
     assert [r["step"] for r in rows[0]] == [2, 4, 6] and [r["step"] for r in rows[1]] == [2, 3, 4, 6]
     assert rows[0][-1]["held_out"] == rows[1][-1]["held_out"]
@@ -890,7 +904,10 @@ def test_a_cache_is_written_whole_resumed_and_refused(photos, vae, tmp_path, mon
     assert sum(encoded) == 8 and all(np.array_equal(np.load(s), b) for s, b in zip(shards, before))
 
     other = toy_vae(tmp_path / "other", 1)
+    changed = shutil.copytree(photos, tmp_path / "changed")
+    Image.new("RGB", (20, 18)).save(changed / "cats/0.png")
     for more, message in (
+        (["--data", changed], "files_sha256"),  # other images under the same names
         (["--vae", other], "asked for is local with sha256"),
         (["--image-size", 32], "image_size"),
     ):

@@ -152,7 +152,7 @@ def resolve(parser, argv=None):
             raise FileNotFoundError(f"--resume: {out} does not exist; name the run with --out, or leave --resume out")
         if (out / "last.pt").exists():
             checkpoint = read_checkpoint(out / "last.pt")
-            if not {"model", "ema", "opt", "step", "settings"} <= checkpoint.keys():
+            if not {*"model ema opt step settings config classes images seconds".split()} <= checkpoint.keys():
                 raise ValueError(f"{out / 'last.pt'} is no checkpoint of train.py")
             saved = checkpoint["settings"]
         elif (out / "config.json").exists():  # stopped before its first checkpoint
@@ -179,6 +179,10 @@ def resolve(parser, argv=None):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and (value >= 0 or isinstance(value, float))):
             raise ValueError(f"--{name.replace('_', '-')} must be finite, and a count not negative; it is {value}")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2^63, not {args.seed}")
+    if checkpoint and checkpoint["step"] >= args.steps and not given.get("cache_latents"):
+        raise ValueError(f"{out} is at step {checkpoint['step']} already, and --steps is {args.steps}: nothing to do")
     if not 0 <= args.class_dropout < 1 or not 0 <= args.ema < 1:
         raise ValueError("--class-dropout and --ema lie in [0, 1)")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -405,7 +409,7 @@ def main(argv=None):
             print("warning: the teacher's weights are random; this is for tests only")
     try:
         train(args, config, data, teacher, latent, device, checkpoint)
-    except BrokenImage as e:
+    except (BrokenImage, FloatingPointError) as e:
         parser.error(last_line(e))
 
 
@@ -481,7 +485,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
 
     if rank == 0:
         record = dict(vars(args), **versions(), config=dataclasses.asdict(config), classes=data.classes)
-        record.update(device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+        record.update(hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         record.update(world_size=world, bf16=bf16, images=len(data), parameters=sum(p.numel() for p in params))
         name = f"config-from-step-{start}.json" if checkpoint else "config.json"
         (out / name).write_text(json.dumps(record, indent=1) + "\n")
@@ -559,6 +563,8 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
             if rank == 0:
                 save(done)
         drawn = args.sample_every and (done % args.sample_every == 0 or done == args.steps)
+        if drawn:
+            refuse_skipped(skipped, done, out)
         if rank == 0 and drawn:
             draw_samples(ema, data, args, latent, out / "samples" / f"step-{done:07d}.png")
         if rank == 0 and (drawn or done == args.steps) and log.stat().st_size:
@@ -567,6 +573,8 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
     bar.close()
     if rank == 0:
         cfg = f" --cfg {args.sample_cfg:g}" if args.sample_cfg != 1 else ""
+        cfg += f" --vae {args.vae}" if latent and latent[1]["vae"] == "local" else ""
+        cfg += f" --vae-weights {args.vae_weights}" if latent and args.vae_weights else ""
         shown = f"{out}/samples and {out}/curves.png show" if args.sample_every else f"{out}/curves.png shows"
         print(f"{shown} the run; next: python sample.py --ckpt {out}/last.pt{cfg}")
     if world > 1:

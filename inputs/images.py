@@ -48,7 +48,7 @@ class Folder:
             except (zipfile.BadZipFile, ValueError, OSError) as e:
                 raise ValueError(f"{path} is a damaged zip ({e})") from e
         else:
-            walk = ((os.path.relpath(d, path), names) for d, _, names in os.walk(path, followlinks=True))
+            walk = ((os.path.relpath(d, path), names) for d, names in folders_of(path))
             files = [Path(folder, name).as_posix() for folder, names in walk for name in names]
         files = sorted(f for f in files if is_image(f))
         if not files:
@@ -107,6 +107,12 @@ class Folder:
     def __getstate__(self):
         return {**self.__dict__, "zips": {}}
 
+    def bytes_of(self, file):
+        """The size of a file, as stored."""
+        if os.path.isfile(self.path):
+            return self.zip().getinfo(file).file_size
+        return os.path.getsize(os.path.join(self.path, file))
+
     def decode(self, file):
         """-> uint8 [size, size, 3]. BrokenImage, with the name, if it cannot be read."""
         where = f"{self.path}:{file}" if os.path.isfile(self.path) else os.path.join(self.path, file)
@@ -128,6 +134,17 @@ class Folder:
         else:
             images = np.stack([self.decode(self.files[i]) for i in indices])
         return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
+
+
+def folders_of(path):
+    """(folder, names of its files) for each folder under `path`, links followed, each real folder once."""
+    seen = set()
+    for folder, below, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            below.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        yield folder, names
 
 
 def is_image(file):

@@ -158,12 +158,12 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
     shard = min(2048, max(16, len(data) // 64))  # images in a file: 34 MB at most at 256 px, and little to lose
     manifest = dict(spec=spec, image_size=data.size, crop="centre, as in ADM", count=len(data), shard=shard)
     manifest.update(moments="float16 [N, 2C, h, w]: mean, standard deviation", classes=data.classes)
-    manifest.update(files_sha256=digest_of(data.files))
+    manifest.update(files_sha256=digest_of(data), precision=str(vae.dtype))
     if (out / "manifest.json").exists():
         found = read_manifest(out)
         same_spec(spec, found["spec"], str(out))
         shard = found["shard"]
-        for key in ("image_size", "count", "files_sha256", "classes"):
+        for key in ("image_size", "count", "files_sha256", "classes", "precision"):
             if found[key] != manifest[key]:
                 raise ValueError(f"{out} holds another cache: its {key} is {found[key]}, not {manifest[key]}")
     elif rank == 0:
@@ -212,15 +212,16 @@ def write(path, content):
     os.replace(f"{path}.tmp", path)
 
 
-def digest_of(files):
-    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+def digest_of(data):
+    """Of a Folder's file names and their sizes in bytes: other images seldom have both the same."""
+    return hashlib.sha256("\n".join(f"{f} {data.bytes_of(f)}" for f in data.files).encode()).hexdigest()
 
 
 def read_manifest(path):
     """The manifest of a cache. ValueError, naming the file, where it is not one."""
     try:
         manifest = json.loads((Path(path) / "manifest.json").read_text())
-        needed = {"spec", "image_size", "count", "shard", "classes", "files_sha256"}
+        needed = {"spec", "image_size", "count", "shard", "classes", "files_sha256", "precision"}
         if (
             not needed <= manifest.keys()
             or manifest["shard"] < 1
@@ -243,7 +244,7 @@ class Cached:
         self.data, self.path, self.spec, self.decode = data, str(path), manifest["spec"], images
         self.classes, self.files, self.labels, self.maps = data.classes, data.files, data.labels, {}
         self.images, self.broken = data.images, data.broken
-        for key, value in (("image_size", data.size), ("count", len(data)), ("files_sha256", digest_of(data.files))):
+        for key, value in (("image_size", data.size), ("count", len(data)), ("files_sha256", digest_of(data))):
             if manifest[key] != value:
                 raise ValueError(f"{path} is not a cache of {data.path}: its {key} is {manifest[key]}, not {value}")
         side = data.size // self.spec["factor"]
