@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-from inputs.latents import decode, load_vae, same_spec
+from inputs.latents import decode, load_vae, same_spec, write_whole
 from irepa import SIZES, Config, SiT, path_coefficients
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -409,8 +409,8 @@ def begin(parts, record):
     same = {k: v for k, v in record.items() if k not in ("ckpt", "device")}
     same = json.loads(json.dumps(same))  # tuples become lists
     parts.mkdir(parents=True, exist_ok=True)
-    if not any(parts.iterdir()):
-        (parts / "settings.json").write_text(json.dumps(same))
+    if not {file.name for file in parts.iterdir()} - {"settings.json.tmp"}:
+        write_whole(parts / "settings.json", lambda f: f.write(json.dumps(same).encode()))
     found = json.loads((parts / "settings.json").read_text())
     for key in same:
         if same[key] != found.get(key):
@@ -440,7 +440,7 @@ def write_samples(args, model, config, latent, target, rows, record, device):
             labels = choose_labels(args.labels, indices, config.num_classes, args.seed)
             x = generate(model, labels, indices, args.seed, args.sampler, args.steps, args.cfg, args.cfg_interval)
             if latent:
-                x = torch.cat([decode(latent[0], z, latent[1]) for z in x.split(8)])
+                x = decode(latent[0], x, latent[1])
                 if not torch.isfinite(x).all():
                     raise FloatingPointError(f"the VAE's images {indices[0]} to {indices[-1]} are not finite")
             images = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
@@ -448,9 +448,7 @@ def write_samples(args, model, config, latent, target, rows, record, device):
                 for i, image in zip(indices, images):
                     Image.fromarray(image).save(target / f"{i:06d}.png")
             else:
-                with open(f"{chunk}.tmp", "wb") as f:
-                    np.save(f, images)
-                os.replace(f.name, chunk)
+                write_whole(chunk, lambda f: np.save(f, images))
             bar.update(len(indices))
     if world > 1:
         dist.barrier()

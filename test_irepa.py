@@ -1122,6 +1122,9 @@ def test_the_crop_of_a_reference_is_that_of_training():
     for width, height in ((100, 70), (33, 64), (32, 32), (20, 31), (300, 130)):
         image = Image.fromarray(np.random.RandomState(width).randint(0, 256, (height, width, 3)).astype(np.uint8))
         assert np.array_equal(fid.center_crop(image, 32), center_crop(image, 32))
+    deep = Image.fromarray(np.random.RandomState(0).randint(0, 65536, (9, 9)).astype(np.uint16))
+    for image in (deep, image.convert("RGBA"), image.convert("P"), image.convert("LA"), image.convert("CMYK")):
+        assert np.array_equal(fid.to_rgb(image), to_rgb(image))
 
 
 def score(*flags):

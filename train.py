@@ -113,7 +113,7 @@ import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import time  # noqa: E402
-from contextlib import nullcontext  # noqa: E402
+from contextlib import contextmanager, nullcontext  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -122,8 +122,8 @@ import torch.distributed as dist  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from inputs.images import BrokenImage, Folder, Shapes  # noqa: E402
-from inputs.latents import Cached, decode, encode, load_vae, same_spec, to_latent, write_cache  # noqa: E402
+from inputs.images import BrokenImage, Folder, Shapes, workers_for  # noqa: E402
+from inputs.latents import Cached, decode, encode, load_vae, same_spec, to_latent, write_cache, write_whole  # noqa: E402
 from inputs.teachers import fast_bf16, list_encoders, load_encoder  # noqa: E402
 from irepa import Config, SiT, irepa_loss  # noqa: E402
 from sample import generate, line, pick_device, read_checkpoint, save_grid, seeded, start_ranks, to_uint8, versions  # noqa: E402
@@ -282,18 +282,26 @@ def on(device, batch):
 # Log
 
 
+@contextmanager
+def without_projector(model):
+    """Only the alignment needs it; samples and the held-out loss are quicker without."""
+    projectors, model.projectors = model.projectors, torch.nn.ModuleList()
+    try:
+        yield
+    finally:
+        model.projectors = projectors
+
+
 @torch.no_grad()
 def held_out_loss(model, held, config, autocast, device):
     """Denoising loss over the held-out chunks with fixed noise and times: comparable between methods and runs."""
     model.eval()
     plain = dataclasses.replace(config, projector=None)
-    projectors, model.projectors = model.projectors, torch.nn.ModuleList()  # not needed here
     total = torch.zeros(2, device=device)
     for i, n, x, y in held:
-        with autocast:
+        with autocast, without_projector(model):
             loss = irepa_loss(model, x, y, None, plain, generator=seeded(0, 0), part=(i, n))["denoise"]
         total += torch.stack([loss, torch.ones_like(loss)])
-    model.projectors = projectors
     model.train()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -326,11 +334,10 @@ def draw_samples(ema, data, args, latent, path):
     """A grid from the EMA: 8 images of each of the first 10 classes, always from the same noise."""
     names = data.classes[:10]
     labels = torch.arange(len(names)).repeat_interleave(8)
-    projectors, ema.projectors = ema.projectors, torch.nn.ModuleList()  # not needed here
-    x = generate(ema, labels, range(len(labels)), sampler="heun", steps=25, cfg=args.sample_cfg)
-    ema.projectors = projectors
+    with without_projector(ema):
+        x = generate(ema, labels, range(len(labels)), sampler="heun", steps=25, cfg=args.sample_cfg)
     if latent:
-        x = torch.cat([decode(latent[0], z, latent[1]) for z in x.split(8)])
+        x = decode(latent[0], x, latent[1])
     path.parent.mkdir(exist_ok=True)
     save_grid(to_uint8(x), names, path)
 
@@ -342,15 +349,6 @@ def refuse_skipped(skipped, done, out):
             f"train.py: {int(skipped)} steps up to step {done} had a non-finite gradient; none of them was applied."
             f" Stopped; the last checkpoint, if any, is {out}/last.pt"
         )
-
-
-def save_atomically(data, path):
-    """All of it or nothing under `path`: a run killed while saving leaves the previous checkpoint."""
-    with open(f"{path}.tmp", "wb") as f:
-        torch.save(data, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -378,7 +376,7 @@ def main(argv=None):
             if args.vae_weights and first:
                 print("warning: the VAE's weights are random; this is for tests only")
         spec = latent[1] if latent else None
-        network(args, spec)
+        plain = network(args, spec)
         if args.demo:
             data = Shapes(args.image_size, 10_000)
         else:
@@ -388,7 +386,7 @@ def main(argv=None):
         if args.latents:
             data = Cached(data, args.latents, images=args.projector is not None)
             same_spec(spec, data.spec, args.latents)
-        grid = network(args, spec).input_size // int(args.model.split("/")[1])
+        grid = plain.input_size // plain.patch_size
         teacher = load_encoder(args.encoder, grid, args.encoder_weights, device) if args.projector else None
         if teacher:  # which may have its own idea of a size that it can see
             teacher(torch.zeros(1, 3, args.image_size, args.image_size, dtype=torch.uint8, device=device))
@@ -469,13 +467,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
             images, labels, moments = on(device, data[chunk])
             x = to_input(images, moments, latent, seeded(0, 1), part=(i, len(chunks)))
             held.append((i, len(chunks), x, labels))
-    workers = args.workers
-    if workers is None:
-        workers = (
-            0
-            if getattr(data, "images", True) is not None
-            else min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        )
+    workers = workers_for(data) if args.workers is None else args.workers
     feed = iter(
         torch.utils.data.DataLoader(
             data, batch_size=None, sampler=batches(indices, args, start, rank, world), num_workers=workers,
@@ -502,7 +494,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
         state = dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, seconds=seconds)
         state.update(config=dataclasses.asdict(config), settings=vars(args), classes=data.classes, images=len(data))
         state.update(latent=latent[1] if latent else None)
-        save_atomically(state, out / "last.pt")
+        write_whole(out / "last.pt", lambda f: torch.save(state, f))
 
     sums, skipped, since, clock = torch.zeros(4, device=device), torch.zeros((), device=device), start, time.time()
     bar = tqdm(

@@ -147,6 +147,13 @@ def folders_of(path):
         yield folder, names
 
 
+def workers_for(data):
+    """Decoding processes for a data set: none where its images are in memory."""
+    if getattr(data, "images", True) is not None:
+        return 0
+    return min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def is_image(file):
     path = PurePosixPath(file)
     hidden = any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in path.parts)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from inputs.images import workers_for
+
 VAES = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-mse", "sd-vae-ft-ema")}
 # the architecture of both, for files that hold tensors only
 SD_VAE = dict(
@@ -129,10 +131,11 @@ def to_latent(moments, noise, spec):
 
 @torch.no_grad()
 def decode(vae, z, spec):
-    """Latents [B, C, h, w] -> images [B, 3, H, W] in about [-1, 1], float32."""
+    """Latents [B, C, h, w] -> images [B, 3, H, W] in about [-1, 1], float32; eight at a time, for the memory's sake."""
     scale, bias = per_channel(spec, z)
     with torch.autocast(z.device.type, enabled=False):
-        return vae.decode((z.float() / scale + bias).to(vae.dtype)).sample.float()
+        z = (z.float() / scale + bias).to(vae.dtype)
+        return torch.cat([vae.decode(part).sample.float() for part in z.split(8)])
 
 
 def same_spec(wanted, found, where):
@@ -172,8 +175,8 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
             raise ValueError(f"{out} holds something else, and is left as it is; name a new folder with --out")
         out.mkdir(parents=True, exist_ok=True)
         np.save(out / "labels.npy", data.labels)
-        write(out / "files.json", json.dumps(data.files).encode())
-        write(out / "manifest.json", json.dumps(manifest, indent=1).encode())
+        write_whole(out / "files.json", lambda f: f.write(json.dumps(data.files).encode()))
+        write_whole(out / "manifest.json", lambda f: f.write(json.dumps(manifest, indent=1).encode()))
     if world > 1:
         torch.distributed.barrier()  # the folder is there
     starts = range(0, len(data), shard)
@@ -181,8 +184,7 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
     count = sum(min(shard, len(data) - s) for s in todo)
     stops = {start: min(start + shard, len(data)) for start in todo}
     parts = [np.arange(i, min(i + batch_size, stop)) for s, stop in stops.items() for i in range(s, stop, batch_size)]
-    workers = 0 if data.images is not None else min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    feed = torch.utils.data.DataLoader(data, batch_size=None, sampler=parts, num_workers=workers)
+    feed = torch.utils.data.DataLoader(data, batch_size=None, sampler=parts, num_workers=workers_for(data))
     with tqdm(total=count, unit="img", desc="encoding", disable=rank > 0) as bar:
         for part, (images, _) in zip(parts, feed):
             start = part[0] // shard * shard
@@ -194,11 +196,7 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
             moments[part - start] = encoded.cpu().numpy()
             bar.update(len(part))
             if part[-1] + 1 == stops[start]:
-                with open(f"{shard_path(out, start, shard)}.tmp", "wb") as f:
-                    np.save(f, moments)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(f.name, shard_path(out, start, shard))
+                write_whole(shard_path(out, start, shard), lambda f: np.save(f, moments))
     return len(todo)
 
 
@@ -206,9 +204,12 @@ def shard_path(out, start, shard):
     return Path(out) / f"moments-{start // shard:05d}.npy"
 
 
-def write(path, content):
+def write_whole(path, save):
+    """All of what save(file) writes or nothing under `path`: one killed while writing leaves what was there before."""
     with open(f"{path}.tmp", "wb") as f:
-        f.write(content)
+        save(f)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
 
 

@@ -153,8 +153,7 @@ class Hog(nn.Module):
         side = min(images.shape[-2:])
         if side < self.cell * self.block:
             raise ValueError(f"hog needs images of at least {self.cell * self.block} px, not {side}")
-        r, g, b = images.float().div(255).unbind(1)
-        gray = 0.2126 * r + 0.7152 * g + 0.0722 * b  # (B, H, W)
+        gray = luminance(images)  # (B, H, W)
         dx, dy = torch.zeros_like(gray), torch.zeros_like(gray)
         dx[:, :, 1:-1] = gray[:, :, 2:] - gray[:, :, :-2]
         dy[:, 1:-1] = gray[:, 2:] - gray[:, :-2]
@@ -178,6 +177,12 @@ class Hog(nn.Module):
         corners = torch.lerp(corners[:, 0], corners[:, 1], row_share[:, None, None])
         tokens = torch.lerp(corners[:, 0], corners[:, 1], column_share[:, None])  # (B, g, g, 128)
         return tokens.flatten(1, 2)  # (B, T, 128)
+
+
+def luminance(images):
+    """uint8 [B, 3, H, W] -> [B, H, W] in [0, 1]."""
+    r, g, b = images.float().div(255).unbind(1)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
 
 def l2(x, eps=1e-5):
@@ -210,12 +215,10 @@ class Sift(nn.Module):
         cell = side / self.grid / 2  # pixels
         if cell < 1:
             raise ValueError(f"sift needs two pixels for each token, and has {side} for {self.grid}")
-        r, g, b = images.float().div(255).unbind(1)
-        gray = F.pad(0.2126 * r + 0.7152 * g + 0.0722 * b, (1, 1, 1, 1), mode="replicate")  # (B, H+2, W+2)
+        gray = F.pad(luminance(images), (1, 1, 1, 1), mode="replicate")  # (B, H+2, W+2)
         dx, dy = gray[:, 1:-1, 2:] - gray[:, 1:-1, :-2], gray[:, 2:, 1:-1] - gray[:, :-2, 1:-1]
-        place = (
-            torch.atan2(dy, dx) * (self.bins / (2 * torch.pi)) % self.bins
-        )  # between two bins, the last and first too
+        # between two bins, the last and first too
+        place = torch.atan2(dy, dx) * (self.bins / (2 * torch.pi)) % self.bins
         low = place.floor()
         votes = torch.zeros(len(gray), self.bins, *dx.shape[1:], device=gray.device)
         for n, weight in ((low, 1 + low - place), (low + 1, place - low)):
