@@ -585,7 +585,10 @@ def report(args, sides, model, digest, device, seconds):
 
 def build_parser():
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s SAMPLES REFERENCE [flags], which --help lists", description=__doc__, formatter_class=style,
+        allow_abbrev=False,
+    )  # fmt: skip
     add = parser.add_argument
     add("images", nargs="+", metavar="SAMPLES REFERENCE", help="npz, folder or zip of images, or statistics npz")
     add("--save-stats", metavar="OUT", help="write the statistics of one image set to OUT.npz instead")

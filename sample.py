@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
+from inputs.images import line
 from inputs.latents import decode, load_vae, same_spec, write_whole
 from irepa import SIZES, Config, SiT, path_coefficients
 
@@ -173,17 +174,13 @@ def read_checkpoint(path):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         name = re.search(r"GLOBAL ([\w.]+)", str(e))
-        why = f"it would call {name[1]}" if name else line(e)
+        why = f"it would call {name[1]}" if name else line(e)[:200]
         raise ValueError(f"{path} is refused: it is no checkpoint, or would run code when loaded ({why})") from e
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as e:
-        raise ValueError(f"{path} is damaged or not a checkpoint ({line(e)})") from e
+        raise ValueError(f"{path} is damaged or not a checkpoint ({line(e)[:200]})") from e
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}, not a checkpoint")
     return data
-
-
-def line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_checkpoint(path, /, ema=True, **overrides):
@@ -220,7 +217,7 @@ def load_checkpoint(path, /, ema=True, **overrides):
         with torch.device("meta"):  # no initialisation: every tensor comes from the file
             model = SiT(config)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError, AttributeError) as e:
-        raise ValueError(f"{path}: no config fits its tensors: {line(e)}") from e
+        raise ValueError(f"{path}: no config fits its tensors: {line(e)[:300]}") from e
     expected = model.state_dict()
     problems = [f"missing {k}" for k in expected if k not in weights]
     problems += [f"surplus {k}" for k in weights if k not in expected]
@@ -287,6 +284,7 @@ def build_parser():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s --ckpt FILE [flags], which --help lists",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -406,18 +404,31 @@ def write_npz(path, chunks, shape, labels):
 
 def begin(parts, record):
     """Make the folder of unfinished work, or find that it is of the same settings. ValueError where it is not."""
-    same = {k: v for k, v in record.items() if k not in ("ckpt", "device")}
+    spelling = "ckpt device npz vae vae_weights latent_stats".split()  # what they name is in `latent` and the hash
+    same = {k: v for k, v in record.items() if k not in spelling}
     same = json.loads(json.dumps(same))  # tuples become lists
     parts.mkdir(parents=True, exist_ok=True)
     if not {file.name for file in parts.iterdir()} - {"settings.json.tmp"}:
         write_whole(parts / "settings.json", lambda f: f.write(json.dumps(same).encode()))
-    found = json.loads((parts / "settings.json").read_text())
+    try:
+        found = json.loads((parts / "settings.json").read_text())
+        found.keys()
+    except (OSError, ValueError, AttributeError) as e:
+        raise ValueError(f"{parts} holds no settings that can be read ({line(e)}): delete it") from e
     for key in same:
         if same[key] != found.get(key):
             raise ValueError(
                 f"{parts} holds unfinished samples with {key} {found.get(key)}, not {same[key]}: delete it, or use"
                 " another name"
             )
+
+
+def holds(chunk, count):
+    """Whether a part file is there and whole."""
+    try:
+        return len(np.load(chunk, mmap_mode="r", allow_pickle=False)) == count
+    except (OSError, ValueError, EOFError):  # cut short by a full or failing disk: made again
+        return False
 
 
 def write_samples(args, model, config, latent, target, rows, record, device):
@@ -434,7 +445,8 @@ def write_samples(args, model, config, latent, target, rows, record, device):
 
     batches = [range(i, min(i + args.batch_size, args.num)) for i in range(0, args.num, args.batch_size)]
     chunks = [parts / f"{batch[0]:08d}.npy" for batch in batches]
-    todo = [(batch, chunk) for batch, chunk in list(zip(batches, chunks))[rank::world] if not chunk.exists()]
+    mine = list(zip(batches, chunks))[rank::world]
+    todo = [(batch, chunk) for batch, chunk in mine if not holds(chunk, len(batch))]
     with tqdm(total=sum(len(batch) for batch, _ in todo), unit="img", desc="sampling", disable=rank > 0) as bar:
         for indices, chunk in todo:
             labels = choose_labels(args.labels, indices, config.num_classes, args.seed)
@@ -455,16 +467,17 @@ def write_samples(args, model, config, latent, target, rows, record, device):
     if rank == 0:
         labels = choose_labels(args.labels, range(args.num), config.num_classes, args.seed)
         if args.npz:
-            write_npz(f"{parts}/whole.npz", chunks, (args.num, *np.load(chunks[0]).shape[1:]), labels.numpy())
-            os.replace(f"{parts}/whole.npz", target)
+            write_npz(parts / "whole.npz", chunks, (args.num, *np.load(chunks[0]).shape[1:]), labels.numpy())
         elif not args.out_dir:
             pixels = np.concatenate([np.load(chunk) for chunk in chunks])
-            save_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2), rows, target)
+            save_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2), rows, parts / "whole.png")
         record["processes"] = world
         record["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         record["labels_of_images"] = labels.tolist() if args.out_dir else None
-        beside(target).write_text(json.dumps({**record, **versions()}, indent=1) + "\n")
-        if not args.out_dir:
+        text = json.dumps({**record, **versions()}, indent=1) + "\n"
+        write_whole(beside(target), lambda f: f.write(text.encode()))
+        if not args.out_dir:  # last, so that what bears the name is complete
+            os.replace(parts / f"whole{target.suffix}", target)
             shutil.rmtree(parts)
         print(f"{args.num} images in {target}, every setting in {beside(target)}")
     if world > 1:
@@ -489,25 +502,34 @@ def main(argv=None):
         model, config = load_checkpoint(args.ckpt, ema=not args.no_ema, projector=None)
         data = read_checkpoint(args.ckpt)
         latent = find_vae(args, data, config, device)
-        step, names = data.get("step", data.get("steps")), data.get("classes")
+        names, step = data.get("classes"), data.get("step", data.get("steps"))
+        step = step if step is None else int(step)
         rows = None
         if args.npz or args.out_dir:
             target = Path(args.npz or args.out_dir)
         else:  # a grid, with a row for each label
-            few = ",".join(map(str, range(min(10, config.num_classes)))) if args.labels == "random" else args.labels
-            rows = sorted(set(choose_labels(few, range(args.num or 10), config.num_classes, args.seed).tolist()))
-            columns = -(-args.num // len(rows)) if args.num else 8
+            few = (
+                ",".join(map(str, range(min(10, config.num_classes))))
+                if args.labels in ("random", "balanced")
+                else args.labels
+            )
+            rows = choose_labels(few, range(args.num or 1000), config.num_classes, args.seed).tolist()
+            rows = list(dict.fromkeys(rows))
+            columns = args.num // len(rows) if args.num else 8
+            if args.num and args.num % len(rows):
+                raise ValueError(f"--num {args.num} does not fill {len(rows)} rows of a grid, one for each label")
             args.num, args.labels = columns * len(rows), ",".join(str(row) for row in rows for _ in range(columns))
             rows = [str(names[row]) if names and row < len(names) else str(row) for row in rows]
             stem = f"{Path(args.ckpt).with_suffix('')}-{args.sampler}{args.steps}-cfg{args.cfg:g}-seed{args.seed}"
             free = (Path(f"{stem}{n}.png") for n in itertools.chain([""], map("-{}".format, itertools.count(2))))
             target = next(path for path in free if not path.exists())
         choose_labels(args.labels, [0], config.num_classes, args.seed)
-        for out in (target, beside(target)):
+        parts, rank = Path(f"{target}.parts"), int(os.environ.get("RANK", 0))
+        # a run killed at its very end may have left the JSON, and comes for the rest
+        for out in (target, *([] if parts.exists() else [beside(target)])):
             if out.exists():
                 raise ValueError(f"{out} exists and is left as it is; choose another name")
         # one process looks: another may already have begun to write
-        parts, rank = Path(f"{target}.parts"), int(os.environ.get("RANK", 0))
         with open(args.ckpt, "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         record = dict(vars(args), step=step, checkpoint_sha256=digest, config=asdict(config))

@@ -871,7 +871,7 @@ def test_the_pair_of_encoder_and_decoder(vae, tmp_path):
     with pytest.raises(ValueError, match="lacks 1 tensors, such as quant_conv.bias"):  # and is not left random
         latents.load_vae(str(tmp_path / "lacking"))
     torch.save(dict(latents_scale=scale), tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="bad.pt holds no"):
+    with pytest.raises(ValueError, match="bad.pt is no file of .* 'latents_bias' is missing"):
         latents.read_stats(tmp_path / "bad.pt", 4)
 
 
@@ -921,6 +921,10 @@ def test_a_cache_is_written_whole_resumed_and_refused(photos, vae, tmp_path, mon
     with pytest.raises(SystemExit):
         run(*LATENT, "--data", photos, "--vae", vae, "--latents", out, "--out", tmp_path / "x")
     assert "moments-00001.npy is damaged" in capsys.readouterr().err
+    shards[0].unlink()
+    with pytest.raises(SystemExit):  # before anything is encoded
+        run(*flags, out)
+    assert "moments-00001.npy is damaged" in capsys.readouterr().err and sum(encoded) == 8
     with pytest.raises(SystemExit):
         run(*flags, photos)
     assert "something else" in capsys.readouterr().err
@@ -977,8 +981,16 @@ def test_sampling_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         sample.main([*flags, str(tmp_path / "s.npz"), "--seed", "1"])
     assert "unfinished samples with seed 0, not 1" in capsys.readouterr().err
-    sample.main([*flags, str(tmp_path / "s.npz")])
-    assert calls[2:] == [[4, 5], [4, 5], [6]] and not (tmp_path / "s.npz.parts").exists()
+    part = tmp_path / "s.npz.parts/00000000.npy"
+    part.write_bytes(part.read_bytes()[:150])  # cut short by a failing disk: made again
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if Path(b).suffix != ".npz" else exit(9))
+    with pytest.raises(SystemExit):  # killed when only the last move was left to do
+        sample.main([*flags, str(tmp_path / "s.npz")])
+    assert calls[2:] == [[4, 5], [0, 1], [4, 5], [6]] and not (tmp_path / "s.npz").exists()
+    monkeypatch.setattr(os, "replace", replace)
+    sample.main([*flags, str(tmp_path / ".." / tmp_path.name / "s.npz")])
+    assert len(calls) == 6 and not (tmp_path / "s.npz.parts").exists()
     for key in ("arr_0", "labels"):
         assert np.array_equal(np.load(tmp_path / "s.npz")[key], np.load(tmp_path / "whole.npz")[key])
 

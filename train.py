@@ -34,7 +34,9 @@ def build_parser():
     def style(prog):
         return DefaultsHelp(prog, max_help_position=30, width=120)
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags], which --help lists", description=__doc__, formatter_class=style, allow_abbrev=False
+    )
 
     def optional(kind):
         def parse(text):
@@ -122,11 +124,11 @@ import torch.distributed as dist  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from inputs.images import BrokenImage, Folder, Shapes, workers_for  # noqa: E402
+from inputs.images import BrokenImage, Folder, Shapes, line, workers_for  # noqa: E402
 from inputs.latents import Cached, decode, encode, load_vae, same_spec, to_latent, write_cache, write_whole  # noqa: E402
 from inputs.teachers import fast_bf16, list_encoders, load_encoder  # noqa: E402
 from irepa import Config, SiT, irepa_loss  # noqa: E402
-from sample import generate, line, pick_device, read_checkpoint, save_grid, seeded, start_ranks, to_uint8, versions  # noqa: E402
+from sample import generate, pick_device, read_checkpoint, save_grid, seeded, start_ranks, to_uint8, versions  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------
 # Configure
@@ -395,11 +397,9 @@ def main(argv=None):
             same_run(args, config, data, spec, checkpoint)
         if first:
             Path(args.out).mkdir(parents=True, exist_ok=args.resume)
-    except BrokenImage as e:
-        parser.error(last_line(e))
     except (ValueError, OSError) as e:
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
-        parser.error(line(e))
+        parser.error(last_line(e) if isinstance(e, BrokenImage) else line(e))
     if first:
         for n, broken in enumerate(getattr(data, "broken", []), start=1):
             print(f"left out, {n} of {len(data.broken)}: {broken}")

@@ -24,6 +24,12 @@ class BrokenImage(ValueError):
     """An image that cannot be decoded; the message names the file."""
 
 
+def line(error):
+    """An error's text on one line, for a person."""
+    text = " ".join(str(error).split())
+    return f"{text} is missing" if isinstance(error, KeyError) else text or type(error).__name__
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Files
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from inputs.images import workers_for
+from inputs.images import line, workers_for
 
 VAES = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-mse", "sd-vae-ft-ema")}
 # the architecture of both, for files that hold tensors only
@@ -63,9 +63,8 @@ def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
         if missing:
             raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]}")
     except Exception as e:  # network, hub, format and shape errors have no common class
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         hint = f": fetch huggingface.co/{VAES[name]} and name its folder after --vae" if name in VAES else ""
-        raise ValueError(f"--vae {name} cannot be loaded ({why}){hint}") from e
+        raise ValueError(f"--vae {name} cannot be loaded ({line(e)[:300]}){hint}") from e
     digest = hashlib.sha256()
     for key, value in sorted(vae.state_dict().items()):
         digest.update(key.encode() + value.numpy().tobytes())
@@ -103,8 +102,7 @@ def read_stats(path, channels):
         data = torch.load(path, map_location="cpu", weights_only=True)
         scale, bias = (torch.as_tensor(data[k]).flatten().tolist() for k in ("latents_scale", "latents_bias"))
     except Exception as e:  # pickle, zip and key errors have no common class
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-        raise ValueError(f"--latent-stats {path} holds no latents_scale and latents_bias ({why})") from e
+        raise ValueError(f"--latent-stats {path} is no file of latents_scale and latents_bias: {line(e)[:300]}") from e
     if len(scale) != channels or len(bias) != channels or not np.isfinite(scale + bias).all() or 0 in scale:
         raise ValueError(f"--latent-stats {path}: {channels} finite scales and biases are needed, not {scale}, {bias}")
     return scale, bias
@@ -142,7 +140,7 @@ def same_spec(wanted, found, where):
     """ValueError, with both values, where latents mean different things."""
     for key in ("sha256", "scale", "bias", "channels", "factor"):
         if wanted[key] != found[key]:
-            ours, theirs = (f"{s['vae']} with {key} {s[key]}" for s in (wanted, found))
+            ours, theirs = (f"{s['vae']} with {key} {str(s[key])[:80]}" for s in (wanted, found))
             raise ValueError(f"{where} holds latents of {theirs}; asked for is {ours}")
 
 
@@ -180,7 +178,10 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
     if world > 1:
         torch.distributed.barrier()  # the folder is there
     starts = range(0, len(data), shard)
+    shape = 2 * spec["channels"], side, side
     todo = [s for s in list(starts)[rank::world] if not shard_path(out, s, shard).exists()]
+    for start in {*list(starts)[rank::world]} - {*todo}:
+        open_shard(out, start, shard, (min(shard, len(data) - start), *shape))
     count = sum(min(shard, len(data) - s) for s in todo)
     stops = {start: min(start + shard, len(data)) for start in todo}
     parts = [np.arange(i, min(i + batch_size, stop)) for s, stop in stops.items() for i in range(s, stop, batch_size)]
@@ -189,7 +190,7 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
         for part, (images, _) in zip(parts, feed):
             start = part[0] // shard * shard
             if part[0] == start:
-                moments = np.empty((stops[start] - start, 2 * spec["channels"], side, side), np.float16)
+                moments = np.empty((stops[start] - start, *shape), np.float16)
             encoded = encode(vae, images.to(device))
             if not torch.isfinite(encoded).all() or encoded.abs().max() > 65504:
                 raise ValueError(f"the VAE's moments of {data.files[part[0]]} and after it do not fit float16")
@@ -202,6 +203,18 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
 
 def shard_path(out, start, shard):
     return Path(out) / f"moments-{start // shard:05d}.npy"
+
+
+def open_shard(out, start, shard, shape):
+    """The shard's memory map. ValueError where it is damaged, or not what the manifest says."""
+    file = shard_path(out, start, shard)
+    try:
+        stored = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as e:
+        raise ValueError(f"{file} is damaged ({line(e)}); delete it and run --cache-latents again") from e
+    if stored.shape != shape or stored.dtype != np.float16:
+        raise ValueError(f"{file} is damaged: {stored.dtype} {stored.shape}, not float16 {shape}; delete it")
+    return stored
 
 
 def write_whole(path, save):
@@ -255,12 +268,7 @@ class Cached:
             shape = min(self.shard, len(data) - start), 2 * self.spec["channels"], side, side
             if not file.exists():
                 raise ValueError(f"{path} is unfinished: {file.name} is not there; run --cache-latents again")
-            try:
-                stored = np.load(file, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError, OSError) as e:
-                raise ValueError(f"{file} is damaged ({e}); delete it and run --cache-latents again") from e
-            if stored.shape != shape or stored.dtype != np.float16:
-                raise ValueError(f"{file} is damaged: {stored.dtype} {stored.shape}, not float16 {shape}")
+            open_shard(path, start, self.shard, shape)
 
     def __len__(self):
         return len(self.data)

@@ -13,6 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from inputs.images import line
+
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -343,6 +345,8 @@ def read_weights(path):
     if files[0].suffix == ".safetensors":
         return {k: v for file in files for k, v in load_file(file).items()}
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state.get(key), dict) else state
     return state
@@ -380,7 +384,7 @@ class ViT(nn.Module):
         except TypeError as e:
             raise ValueError(f"{timm_id} takes no other image size ({e}); choose another ViT") from e
         except Exception as e:  # network, hub, pickle and shape errors have no common class
-            why = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+            why = line(e)[:300]
             if weights:
                 raise ValueError(f"{name}: {weights} does not fit the model ({why})") from e
             file = (
