@@ -13,6 +13,8 @@ of --out-dir start anew).
 
 import argparse
 import hashlib
+import importlib
+import inspect
 import itertools
 import json
 import math
@@ -26,6 +28,7 @@ import time
 import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -34,7 +37,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from inputs.images import line
 from inputs.latents import decode, load_vae, same_spec, write_whole
-from irepa import SIZES, Config, SiT, path_coefficients
+from irepa import SIZES, Config, SiT, irepa_loss, path_coefficients
+
+VARIANTS = ()  # the files of variants/
 
 # ---------------------------------------------------------------------------------------------------------------
 # Velocity -> samples
@@ -120,19 +125,54 @@ def seeded(seed, index, device="cpu"):
     return torch.Generator(device).manual_seed((seed * 2654435761 + index) % 2**32)
 
 
-def generate(model, labels, indices, seed=0, sampler="sde", steps=250, cfg=1.0, interval=(0.0, 1.0)):
+def sampler(model, y, noise, generators, sampler: Literal["sde", "euler", "heun"] = "sde", steps=250, cfg=1.0,
+            cfg_interval=(0.0, 1.0)):  # fmt: skip
+    """noise [n, C, H, W], labels y [n], a generator for each image -> x like noise: SiT's samplers by name."""
+    velocity = guided(model, y, cfg, cfg_interval)
+    if sampler == "sde":
+        return sample_sde(velocity, noise, steps, generators, path=model.config.path)
+    return sample_ode(velocity, noise, steps, heun=sampler == "heun")
+
+
+class Method(NamedTuple):
+    """All that train.py and this file know of a method; each file of variants/ defines these four names."""
+
+    Config: type  # a dataclass with input_size, in_channels, num_classes, encoder_dim, projector, and .named()
+    model: type  # model(config), with .config, .blocks, .projectors: what the loss and the sampler take
+    loss: object  # loss(model, x, y, target, config, generator, part) -> dict of loss, denoise, align
+    sampler: object  # sampler(model, y, noise, generators, **settings) -> x; the settings' defaults are its own
+
+
+def method_named(name):
+    """The Method of a --method. irepa, repa and sit are settings of irepa.py, the others files of variants/."""
+    if name in ("irepa", "repa", "sit"):
+        return Method(Config, SiT, irepa_loss, sampler)
+    module = importlib.import_module(f"variants.{name}")
+    return Method(module.Config, module.model, module.loss, module.sampler)
+
+
+def sampler_settings(method, name, **given):
+    """The settings of a method's sampler: its own, but for those `given` that are not None. ValueError if unfit."""
+    own = {k: p for k, p in inspect.signature(method.sampler).parameters.items() if p.default is not p.empty}
+    for key, value in given.items():
+        choices = get_args(own[key].annotation) if key in own else None
+        if value is not None and (key not in own or choices and value not in choices):
+            flag = f"--{key.replace('_', '-')}"
+            raise ValueError(
+                f"{name} samples with {flag} {' or '.join(choices)}" if choices else f"{name} has no {flag}"
+            )
+    return {k: p.default if given.get(k) is None else given[k] for k, p in own.items()}
+
+
+def generate(model, labels, indices, seed=0, draw=sampler, **settings):
     """Images `indices` (ints) of sample set `seed` with labels [n] -> float [n, C, H, W] on the model's device.
 
-    FloatingPointError if an image is not finite.
+    draw is the method's sampler, settings are its own. FloatingPointError if an image is not finite.
     """
     config, device = model.config, next(model.parameters()).device
     generators = [seeded(seed, i) for i in indices]  # on the CPU: the same numbers on any device
     noise = randn((len(labels), config.in_channels, config.input_size, config.input_size), generators, device)
-    velocity = guided(model, labels.to(device), cfg, interval)
-    if sampler == "sde":
-        x = sample_sde(velocity, noise, steps, generators, path=config.path)
-    else:
-        x = sample_ode(velocity, noise, steps, heun=sampler == "heun")
+    x = draw(model, labels.to(device), noise, generators, **settings)
     if not torch.isfinite(x).all():
         raise FloatingPointError(f"images {indices[0]} to {indices[-1]} are not finite: the checkpoint has diverged")
     return x
@@ -211,11 +251,12 @@ def load_checkpoint(path, /, ema=True, **overrides):
         if not any(k.startswith("projectors.") for k in weights):
             settings = {**settings, "projector": None}
         settings = {**settings, **overrides}
-        for field in set(settings) - {f.name for f in fields(Config)}:
+        method = method_named(method_of(data))
+        for field in set(settings) - {f.name for f in fields(method.Config)}:
             raise ValueError(f"unknown field {field!r} of Config")
-        config = Config(**settings)
+        config = method.Config(**settings)
         with torch.device("meta"):  # no initialisation: every tensor comes from the file
-            model = SiT(config)
+            model = method.model(config)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError, AttributeError) as e:
         raise ValueError(f"{path}: no config fits its tensors: {line(e)[:300]}") from e
     expected = model.state_dict()
@@ -230,6 +271,15 @@ def load_checkpoint(path, /, ema=True, **overrides):
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:5])} ({len(problems)} in all)")
     model.load_state_dict({k: v.float().clone() for k, v in weights.items()}, assign=True)
     return model.requires_grad_(False).eval(), config
+
+
+def method_of(data):
+    """The --method that a checkpoint's dict was trained with; released files are irepa.py's."""
+    settings = data.get("settings")
+    name = settings.get("method") if isinstance(settings, dict) else "irepa"
+    if name not in ("irepa", "repa", "sit", *VARIANTS):
+        raise ValueError(f"its method is {name!r}, which is none of ours")
+    return name
 
 
 def released_name(key):
@@ -295,10 +345,11 @@ def build_parser():
     add("--npz", metavar="FILE", help="write arr_0, uint8 [N, H, W, 3], and labels, int64 [N]")
     add("--out-dir", metavar="DIR", help="write numbered PNGs into a new folder")
     add("--labels", default="random", help="random, balanced (i modulo classes), or a list to cycle through: 3,7")
-    add("--sampler", default="sde", choices=("sde", "euler", "heun"), help="sde is the one of reported numbers")
-    add("--steps", type=int, default=250, help="steps from noise to image")
-    add("--cfg", type=float, default=1.0, help="guidance scale; 1 is none")
-    add("--cfg-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="guide for t in [LO, HI]")
+    # by default what the method's own sampler says
+    add("--sampler", choices=("sde", "euler", "heun"), help="of SiT: sde, which is that of reported numbers")
+    add("--steps", type=int, help="steps from noise to image; of SiT: 250")
+    add("--cfg", type=float, help="guidance scale; 1 is none")
+    add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide for t in [LO, HI]; 0 1")
     add("--seed", type=int, default=0, help="names the sample set; image i depends on (seed, i)")
     add("--batch-size", type=int, default=64, help="images at a time on each process")
     add("--vae", help="of latent checkpoints, by default the one it was trained with, or sd-vae-ft-mse: as in train.py")
@@ -431,10 +482,10 @@ def holds(chunk, count):
         return False
 
 
-def write_samples(args, model, config, latent, target, rows, record, device):
+def write_samples(args, model, draw, settings, latent, target, rows, record, device):
     """The images of this process, batch by batch; the first process then makes one file of them, and the JSON."""
     rank, world = start_ranks(device)
-    model.to(device)
+    config = model.to(device).config
     parts = Path(f"{target}.parts")
     if args.out_dir and rank == 0:
         target.mkdir(parents=True, exist_ok=True)
@@ -450,7 +501,7 @@ def write_samples(args, model, config, latent, target, rows, record, device):
     with tqdm(total=sum(len(batch) for batch, _ in todo), unit="img", desc="sampling", disable=rank > 0) as bar:
         for indices, chunk in todo:
             labels = choose_labels(args.labels, indices, config.num_classes, args.seed)
-            x = generate(model, labels, indices, args.seed, args.sampler, args.steps, args.cfg, args.cfg_interval)
+            x = generate(model, labels, indices, args.seed, draw, **settings)
             if latent:
                 x = decode(latent[0], x, latent[1])
                 if not torch.isfinite(x).all():
@@ -492,15 +543,18 @@ def main(argv=None):
             raise ValueError("--npz or --out-dir, not both")
         if (args.npz or args.out_dir) and not args.num:
             raise ValueError("say how many images: --num 50000 for a reported FID")
-        if min(args.steps, args.batch_size, 1 if args.num is None else args.num) < 1:
+        if min(n for n in (args.steps, args.batch_size, args.num, 1) if n is not None) < 1:
             raise ValueError("--steps, --batch-size and --num must be at least 1")
-        if not math.isfinite(args.cfg) or not args.cfg_interval[0] <= args.cfg_interval[1]:
-            raise ValueError(
-                f"--cfg {args.cfg} is a finite scale, --cfg-interval LO HI has LO <= HI: {args.cfg_interval}"
-            )
+        low, high = args.cfg_interval or (0, 1)
+        if not math.isfinite(args.cfg or 0) or not low <= high:
+            raise ValueError(f"--cfg {args.cfg} is a finite scale, --cfg-interval LO HI has LO <= HI: {low} {high}")
         device = pick_device(args.device)
         model, config = load_checkpoint(args.ckpt, ema=not args.no_ema, projector=None)
         data = read_checkpoint(args.ckpt)
+        name = method_of(data)
+        method, given = method_named(name), {k: getattr(args, k) for k in "sampler steps cfg cfg_interval".split()}
+        settings = sampler_settings(method, name, **given)
+        vars(args).update(settings)
         latent = find_vae(args, data, config, device)
         names, step = data.get("classes"), data.get("step", data.get("steps"))
         step = step if step is None else int(step)
@@ -520,7 +574,8 @@ def main(argv=None):
                 raise ValueError(f"--num {args.num} does not fill {len(rows)} rows of a grid, one for each label")
             args.num, args.labels = columns * len(rows), ",".join(str(row) for row in rows for _ in range(columns))
             rows = [str(names[row]) if names and row < len(names) else str(row) for row in rows]
-            stem = f"{Path(args.ckpt).with_suffix('')}-{args.sampler}{args.steps}-cfg{args.cfg:g}-seed{args.seed}"
+            cfg = f"-cfg{args.cfg:g}" if args.cfg is not None else ""
+            stem = f"{Path(args.ckpt).with_suffix('')}-{args.sampler or name}{args.steps}{cfg}-seed{args.seed}"
             free = (Path(f"{stem}{n}.png") for n in itertools.chain([""], map("-{}".format, itertools.count(2))))
             target = next(path for path in free if not path.exists())
         choose_labels(args.labels, [0], config.num_classes, args.seed)
@@ -540,7 +595,7 @@ def main(argv=None):
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
         parser.error(line(e))
     try:
-        write_samples(args, model, config, latent, target, rows, record, device)
+        write_samples(args, model, method.sampler, settings, latent, target, rows, record, device)
     except (FloatingPointError, OSError) as e:
         parser.error(line(e))
 

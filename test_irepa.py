@@ -755,7 +755,7 @@ def test_two_ranks_equal_one_process(photos, tmp_path):
 
 
 def test_a_non_finite_gradient_reaches_neither_weights_nor_checkpoint(photos, tmp_path, monkeypatch):
-    loss, calls = train.irepa_loss, []
+    loss, calls = sample.irepa_loss, []
 
     def planted(*args, **kwargs):
         out = loss(*args, **kwargs)
@@ -764,7 +764,7 @@ def test_a_non_finite_gradient_reaches_neither_weights_nor_checkpoint(photos, tm
             out["loss"] = out["loss"] * (float("nan") if len(calls) == 4 else 1)
         return out
 
-    monkeypatch.setattr(train, "irepa_loss", planted)
+    monkeypatch.setattr(sample, "irepa_loss", planted)
     with pytest.raises(SystemExit, match="non-finite gradient"):
         run(*RUN, "--data", photos, "--out", tmp_path / "run")
     assert all(torch.isfinite(v).all() for w in ("model", "ema") for v in weights(tmp_path / "run", w).values())
@@ -969,11 +969,11 @@ def test_sampling_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     sample.main([*flags, str(tmp_path / "whole.npz")])
     calls, generate = [], sample.generate
 
-    def dies(model, labels, indices, *args):
+    def dies(model, labels, indices, *args, **settings):
         calls.append(list(indices))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return generate(model, labels, indices, *args)
+        return generate(model, labels, indices, *args, **settings)
 
     monkeypatch.setattr(sample, "generate", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -17,10 +17,12 @@ import argparse
 import sys
 
 # --method: presets over the flags of the same names
-METHODS = {
+METHODS = {"irepa": dict(align="irepa"), "repa": dict(align="repa"), "sit": dict(align="none")}
+# --align: likewise
+ALIGN = {
     "irepa": dict(projector="conv", kernel_size=3, gamma=0.6, proj_coeff=1.0),
     "repa": dict(projector="mlp", gamma=None, proj_coeff=0.5),
-    "sit": dict(projector=None),
+    "none": dict(projector=None),
 }
 # --demo: likewise; drawn shapes take the place of --data
 DEMO = dict(
@@ -47,6 +49,7 @@ def build_parser():
 
     add = parser.add_argument_group("method (presets: --method)").add_argument
     add("--method", default="irepa", choices=METHODS, help="irepa: conv, spatial norm; repa: mlp; sit: no alignment")
+    add("--align", choices=ALIGN, help="the same for the other methods")
     add("--projector", type=optional(str), default="conv", help="conv, mlp, linear or none")
     add("--kernel-size", type=int, default=3, help="of the conv projector")
     add("--gamma", type=optional(float), default=0.6, help="of the spatial norm of the teacher's tokens, or none")
@@ -127,8 +130,18 @@ from tqdm import tqdm  # noqa: E402
 from inputs.images import BrokenImage, Folder, Shapes, line, workers_for  # noqa: E402
 from inputs.latents import Cached, decode, encode, load_vae, same_spec, to_latent, write_cache, write_whole  # noqa: E402
 from inputs.teachers import fast_bf16, list_encoders, load_encoder  # noqa: E402
-from irepa import Config, SiT, irepa_loss  # noqa: E402
-from sample import generate, pick_device, read_checkpoint, save_grid, seeded, start_ranks, to_uint8, versions  # noqa: E402
+from sample import (  # noqa: E402
+    generate,
+    method_named,
+    pick_device,
+    read_checkpoint,
+    sampler_settings,
+    save_grid,
+    seeded,
+    start_ranks,
+    to_uint8,
+    versions,
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Configure
@@ -164,7 +177,11 @@ def resolve(parser, argv=None):
         saved = {k: v for k, v in saved.items() if k in defaults}
     elif out.exists() and int(os.environ.get("RANK", 0)) == 0 and not given.get("cache_latents"):
         raise FileExistsError(f"{out} exists; --resume continues it, another --out leaves it as it is")
-    args = argparse.Namespace(**{**defaults, **METHODS[method], **demo, **saved, **given, "out": str(out)})
+    preset = METHODS[saved.get("method", method) if "method" not in given else method]
+    align = given.get("align") or preset["align"]
+    if align != preset["align"] and preset in (METHODS["irepa"], METHODS["repa"], METHODS["sit"]):
+        raise ValueError(f"--align {align} is for other methods; of SiT say --method irepa, repa or sit")
+    args = argparse.Namespace(**{**defaults, **ALIGN[align], **preset, **demo, **saved, **given, "out": str(out)})
     if args.vae is None:
         args.vae = "none" if args.demo or args.image_size < 128 else "sd-vae-ft-mse"
     if args.vae == "none" and (args.latents or args.cache_latents or args.latent_stats):
@@ -197,13 +214,18 @@ def resolve(parser, argv=None):
 
 def network(args, spec=None, num_classes=1000, encoder_dim=1):
     """The Config that the flags ask for. ValueError where they do not fit together."""
+    Config = method_named(args.method).Config
     factor, channels = (spec["factor"], spec["channels"]) if spec else (8, 4) if args.vae != "none" else (1, 3)
     if args.image_size % factor:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of the VAE's factor {factor}")
     fields = dict(input_size=args.image_size // factor, in_channels=channels)
     fields.update(num_classes=num_classes, encoder_dim=encoder_dim)
+    has = {field.name for field in dataclasses.fields(Config)}
     for name in "projector kernel_size gamma proj_coeff qk_norm path class_dropout".split():
-        fields[name] = getattr(args, name)
+        if name in has:
+            fields[name] = getattr(args, name)
+        elif getattr(args, name) != build_parser().get_default(name):
+            raise ValueError(f"--method {args.method} has no --{name.replace('_', '-')}")
     for name in "encoder_depth hidden_size depth num_heads".split():
         if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
@@ -295,15 +317,15 @@ def without_projector(model):
 
 
 @torch.no_grad()
-def held_out_loss(model, held, config, autocast, device):
+def held_out_loss(model, loss, held, config, autocast, device):
     """Denoising loss over the held-out chunks with fixed noise and times: comparable between methods and runs."""
     model.eval()
     plain = dataclasses.replace(config, projector=None)
     total = torch.zeros(2, device=device)
     for i, n, x, y in held:
         with autocast, without_projector(model):
-            loss = irepa_loss(model, x, y, None, plain, generator=seeded(0, 0), part=(i, n))["denoise"]
-        total += torch.stack([loss, torch.ones_like(loss)])
+            denoise = loss(model, x, y, None, plain, generator=seeded(0, 0), part=(i, n))["denoise"]
+        total += torch.stack([denoise, torch.ones_like(denoise)])
     model.train()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -336,8 +358,12 @@ def draw_samples(ema, data, args, latent, path):
     """A grid from the EMA: 8 images of each of the first 10 classes, always from the same noise."""
     names = data.classes[:10]
     labels = torch.arange(len(names)).repeat_interleave(8)
+    method = method_named(args.method)
+    settings = sampler_settings(method, args.method)
+    quick = dict(sampler="heun", steps=min(25, settings["steps"]), cfg=args.sample_cfg)
+    settings.update({k: v for k, v in quick.items() if k in settings})
     with without_projector(ema):
-        x = generate(ema, labels, range(len(labels)), sampler="heun", steps=25, cfg=args.sample_cfg)
+        x = generate(ema, labels, range(len(labels)), draw=method.sampler, **settings)
     if latent:
         x = decode(latent[0], x, latent[1])
     path.parent.mkdir(exist_ok=True)
@@ -442,7 +468,8 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     torch.manual_seed(args.seed)
-    model = SiT(config).to(device)
+    method = method_named(args.method)
+    model = method.model(config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     params = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0, fused=True)
@@ -513,7 +540,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
             last = i + world >= parts
             with nullcontext() if last or world == 1 else wrapped.no_sync():
                 with autocast:
-                    losses = irepa_loss(wrapped, x, labels, target, config, generator, part=(i, parts))
+                    losses = method.loss(wrapped, x, labels, target, config, generator, part=(i, parts))
                 (losses["loss"] / args.accumulate).backward()
             sums[:3] += torch.stack([losses[k].detach() for k in ("loss", "denoise", "align")]) / args.accumulate
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
@@ -537,7 +564,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
             seconds += elapsed
             refuse_skipped(skipped, done, out)
             row = dict(step=done, loss=loss, denoise=denoise, align=align)
-            row.update(held_out=held_out_loss(model, held, config, autocast, device), grad_norm=grad_norm)
+            row.update(held_out=held_out_loss(model, method.loss, held, config, autocast, device), grad_norm=grad_norm)
             row.update(lr=opt.param_groups[0]["lr"], images_per_s=(done - since) * args.batch_size / elapsed)
             row.update(seconds=seconds)
             if rank == 0:
