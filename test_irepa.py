@@ -1,11 +1,15 @@
 """python -m pytest -q test_irepa.py: the whole project on a CPU, without a download, in about two minutes."""
 
 import argparse
+import gc
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -704,6 +708,8 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path):
     run(*flags, "--steps", 3, "--out", tmp_path / "stopped")
     with pytest.raises(SystemExit):  # OUT exists
         run(*flags, "--out", tmp_path / "stopped")
+    with pytest.raises(SystemExit):  # the order of the data would be another
+        run("--resume", "--out", tmp_path / "stopped", "--batch-size", 4)
     with pytest.raises(SystemExit):  # another network
         run("--resume", "--out", tmp_path / "stopped", "--method", "repa")
     run("--resume", "--out", tmp_path / "stopped", "--steps", 6)  # the other settings come from the run
@@ -728,15 +734,15 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path):
 def torchrun(script, *flags):
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / script]
-    done = subprocess.run([*map(str, [*command, *flags])], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.run([*map(str, [*command, *flags])], env=env, capture_output=True, text=True, timeout=120)
 
 
 def test_two_ranks_equal_one_process(photos, tmp_path):
     flags = [*RUN, "--data", photos, "--out"]
     run(*flags, tmp_path / "one")
     run(*flags, tmp_path / "parts", "--accumulate", 2)
-    torchrun("train.py", *flags, tmp_path / "two")
+    done = torchrun("train.py", *flags, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
     for name in ("parts", "two"):
         for k, v in weights(tmp_path / "one").items():
             torch.testing.assert_close(weights(tmp_path / name)[k], v, rtol=1e-4, atol=1e-6)
@@ -754,21 +760,161 @@ def test_two_ranks_equal_one_process(photos, tmp_path):
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
 
 
-def test_a_non_finite_gradient_reaches_neither_weights_nor_checkpoint(photos, tmp_path, monkeypatch):
+def plant(monkeypatch, act):
+    """Call act(step, losses) after the loss of each training step."""
     loss, calls = sample.irepa_loss, []
 
     def planted(*args, **kwargs):
         out = loss(*args, **kwargs)
         if args[0].training:
             calls.append(1)
-            out["loss"] = out["loss"] * (float("nan") if len(calls) == 4 else 1)
+            act(len(calls) - 1, out)
         return out
 
     monkeypatch.setattr(sample, "irepa_loss", planted)
-    with pytest.raises(SystemExit, match="non-finite gradient"):
-        run(*RUN, "--data", photos, "--out", tmp_path / "run")
-    assert all(torch.isfinite(v).all() for w in ("model", "ema") for v in weights(tmp_path / "run", w).values())
+
+
+def rows_of(out):
+    return [json.loads(row) for row in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_step_is_not_applied(photos, tmp_path, monkeypatch, capsys, poison):
+    def act(step, losses):
+        if step in bad:
+            losses["loss"] = losses["loss"] * poison
+
+    bad = [3]
+    plant(monkeypatch, act)
+    run(*RUN, "--data", photos, "--steps", 4, "--ckpt-every", 1, "--keep", 3, "--out", tmp_path / "one")
+    third, fourth = (torch.load(tmp_path / f"one/step-000000{n}.pt", weights_only=True) for n in (3, 4))
+    assert all(torch.equal(v, fourth["model"][k]) for k, v in third["model"].items())
+    assert not (tmp_path / "one/step-0000001.pt").exists()
+    last = rows_of(tmp_path / "one")[-1]
+    assert last["skipped"] == 1 and math.isfinite(last["loss"]) and all(map(math.isfinite, last.values()))
+
+    monkeypatch.undo()
+    bad = range(3, 99)
+    plant(monkeypatch, act)
+    monkeypatch.setattr(train, "PATIENCE", 3)
+    flags = [*RUN, "--data", photos, "--steps", 20, "--ckpt-every", 4, "--seed", 5, "--sample-every", 0]
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, "--out", tmp_path / "many")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "in 3 steps in a row from step 3 on" in message
+    data, args = Folder(photos, 16, progress=False), argparse.Namespace(seed=5, batch_size=8)
+    for i in train.batch_at(3, train.split(24)[0], args, {}):
+        assert data.files[i] in message
+    state = torch.load(tmp_path / "many/last.pt", weights_only=True)
+    assert state["step"] == 4  # the step before the last was the last that counted
+    assert all(torch.isfinite(v).all() for w in ("model", "ema") for v in state[w].values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_exits_75(photos, tmp_path, monkeypatch, capsys, number):
+    flags = [*RUN, "--data", photos, "--workers", 2, "--ckpt-every", 100, "--sample-every", 0]
+    run(*flags, "--out", tmp_path / "straight")
+    plant(monkeypatch, lambda step, _: step == 1 and os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, "--out", tmp_path / "stopped")
+    assert stop.value.code == 75 and "after step 3" in capsys.readouterr().out
+    assert signal.getsignal(number) != signal.SIG_IGN and torch.load(tmp_path / "stopped/last.pt")["step"] == 3
+    run("--resume", "--out", tmp_path / "stopped")
+    again = weights(tmp_path / "stopped")
+    assert all(torch.equal(v, again[k]) for k, v in weights(tmp_path / "straight").items())
+
+
+def test_all_ranks_stop_after_the_same_step(photos, tmp_path):
+    script = tmp_path / "signalled.py"
+    script.write_text(
+        "import os, signal, sys\nimport sample, train\nloss, calls = sample.irepa_loss, []\n"
+        "def planted(*args, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return loss(*args, **kwargs)\n"
+        "sample.irepa_loss = planted\ntrain.main(sys.argv[1:])\n"
+    )
+    flags = ["--data", photos, "--steps", 200, "--log-every", 200, "--ckpt-every", 200, "--out", tmp_path / "run"]
+    done = torchrun(script, *RUN, *flags)
+    assert "exitcode  : 75" in done.stderr and "stopped by a signal after step 4" in done.stdout
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
+    script.write_text(script.read_text().replace("signal.SIGTERM", "signal.SIGKILL"))
+    done = torchrun(script, "--resume", "--out", tmp_path / "run")  # a rank that dies takes the others along
+    assert done.returncode and "Signal 9" in done.stderr
+
+
+def test_a_full_disk_loses_no_checkpoint(photos, tmp_path, monkeypatch, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    plant(monkeypatch, lambda step, _: step == 3 and resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1])))
+    try:
+        with pytest.raises(SystemExit, match="step 6 could not be saved"):
+            run(*RUN, "--data", photos, "--steps", 6, "--out", tmp_path / "run", "--sample-every", 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "last.pt cannot be written (" in capsys.readouterr().err
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 3
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    run("--resume", "--out", tmp_path / "run")
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 6
+
+
+def test_a_damaged_checkpoint_is_named_with_the_newest_good_one(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(*RUN, "--data", photos, "--ckpt-every", 1, "--keep", 2, "--out", out, "--sample-every", 0)
+    assert sorted(file.name for file in out.glob("*.pt")) == ["last.pt", "step-0000003.pt", "step-0000004.pt"]
+    for damaged in (out / "step-0000004.pt", out / "last.pt"):
+        whole = damaged.read_bytes()
+        damaged.unlink()
+        damaged.write_bytes(whole[: len(whole) // 2])
+    torch.save(dict(step=3), out / "step-0000009.pt")  # foreign
+    with pytest.raises(SystemExit) as stop:
+        run("--resume", "--out", out, "--steps", 5)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "last.pt is damaged" in message and "good one is" in message
+    assert f"{out}/step-0000003.pt: copy it to {out}/last.pt" in message
+    shutil.copy(out / "step-0000003.pt", out / "last.pt")
+    run("--resume", "--out", out, "--steps", 4)
+
+
+def test_a_second_run_in_one_folder_is_refused(photos, tmp_path, capsys):
+    out, hold = tmp_path / "run", "import sys, inputs.latents as l; h = l.lock(sys.argv[1]); print(1); input()"
+    run(*RUN, "--data", photos, "--out", out, "--sample-every", 0)
+    torch.save(torch.load(out / "last.pt"), tmp_path / "m.pt")
+    (tmp_path / "s.npz.parts").mkdir()
+    for folder, call in (
+        (out, lambda: run("--resume", "--out", out, "--steps", 5)),
+        (
+            tmp_path / "s.npz.parts",
+            lambda: sample.main(["--ckpt", f"{out}/last.pt", "--num", "1", "--npz", f"{tmp_path}/s.npz"]),
+        ),
+    ):
+        command = [sys.executable, "-c", hold, folder]
+        other = subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        other.stdout.readline()
+        with pytest.raises(SystemExit) as stop:
+            call()
+        assert stop.value.code == 2 and "another process is writing to" in capsys.readouterr().err
+        other.kill()  # however it ends
+        other.wait()
+        call() if folder == out else None
+
+
+def test_no_process_or_file_is_left_behind(photos, tmp_path):
+    def counted():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(multiprocessing.active_children())
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("open files are counted in /proc")
+    sets = [tmp_path / "z.zip", photos]
+    with zipfile.ZipFile(sets[0], "w") as z:
+        for file in Folder(photos, 16, progress=False).files:
+            z.write(photos / file, file)
+    counts = []
+    for n in range(4):
+        run(*RUN, "--data", sets[n % 2], "--workers", 2 * (n % 2), "--out", tmp_path / f"{n}", "--sample-every", 0)
+        counts.append(counted())
+    assert counts[1] == counts[2] == counts[3] and counts[3][1] == 0
 
 
 @pytest.mark.parametrize("method", ["irepa", "sit"])
