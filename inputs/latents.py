@@ -230,7 +230,7 @@ def open_shard(out, start, shard, shape):
     file = shard_path(out, start, shard)
     try:
         stored = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
+    except Exception as e:  # a damaged header makes numpy raise anything
         raise ValueError(f"{file} is damaged ({line(e)}); delete it and run --cache-latents again") from e
     if stored.shape != shape or stored.dtype != np.float16:
         raise ValueError(f"{file} is damaged: {stored.dtype} {stored.shape}, not float16 {shape}; delete it")
