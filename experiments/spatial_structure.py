@@ -21,11 +21,13 @@ import re
 import sys
 import textwrap
 import time
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from scipy.stats import rankdata
 from tqdm import tqdm
@@ -38,6 +40,7 @@ from irepa import Config, spatial_norm  # noqa: E402
 from sample import pick_device, versions  # noqa: E402
 
 GRID = 16  # tokens a side
+BATCH = 16  # images
 FAR = 6  # patches, as in the released code; the paper's text has half the grid
 PUBLISHED = Path(__file__).with_name("encoder_table.csv")
 LABELS = {"accuracy": "linear probe, %", "lds": "LDS", "cds": "CDS", "srss": "SRSS", "rmsc": "RMSC"}
@@ -162,12 +165,11 @@ def read_mask(file, size):
     """-> bool [T]: which patches of the centre crop touch the object, that is, what is not black."""
     try:
         image = Image.open(file)
-        mask = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16") else image.convert("RGB")) > 0
+        mask = np.atleast_3d(image)[..., [band != "A" for band in image.getbands()]].any(2)
     except Exception as e:  # PIL's readers raise anything
         raise ValueError(f"{file} cannot be read ({type(e).__name__}: {e})") from e
-    mask = Image.fromarray(mask.reshape(*mask.shape[:2], -1).any(2).astype(np.uint8) * 255)
-    mask = np.asarray(center_crop(mask, size)) > 127
-    return mask.reshape(GRID, size // GRID, GRID, size // GRID).any((1, 3)).flatten()
+    mask = np.asarray(center_crop(Image.fromarray(mask.astype(np.uint8) * 255), size)) > 127
+    return torch.from_numpy(mask.reshape(GRID, size // GRID, GRID, size // GRID).any((1, 3)).flatten())
 
 
 def read_masks(folder, files, size):
@@ -175,30 +177,31 @@ def read_masks(folder, files, size):
     where object or background have less than a quarter of the patches."""
     masks = torch.zeros(len(files), GRID**2, dtype=torch.bool)
     for i, name in enumerate(files):
-        for place in (Path(folder, name), Path(folder, PurePosixPath(name).name)):
-            if place.with_suffix(".png").exists():
-                mask = torch.from_numpy(read_mask(place.with_suffix(".png"), size))
-                masks[i] = mask & bool(0.25 <= mask.float().mean() <= 0.75)
-                break
-    if not masks.any():
+        file = Path(folder, name).with_suffix(".png")
+        mask = read_mask(file, size) if file.exists() else masks[i]
+        if 0.25 <= mask.float().mean() <= 0.75 and srss(torch.ones(1, GRID**2, 1), mask[None]).isfinite():
+            masks[i] = mask
+    if masks.any(1).sum() < 2:
         raise ValueError(
-            f"--masks {folder}: for no image is there a PNG of its name with a quarter of the patches on the object and"
-            " a quarter off it"
+            f"--masks {folder}: two images at least need a mask, such as {file}, with a quarter of the patches on the"
+            " object and a quarter off it"
         )
     return masks
 
 
 @torch.no_grad()
-def measure(name, teacher, images, masks, args, device):
+def measure(name, teacher, images, masks, device):
     """-> ({metric: float64 [N]}, seconds)."""
     values, start = {m: [] for m in METRICS if m != "srss" or masks is not None}, time.perf_counter()
-    for i in tqdm(range(0, len(images), args.batch_size), name, unit="batch", leave=False):
-        tokens = teacher(images[i : i + args.batch_size].to(device))
-        if not tokens.isfinite().all():
-            raise ValueError(f"{name} gives tokens that are not finite")
-        for metric, found in values.items():
-            more = (masks[i : i + args.batch_size].to(device),) if metric == "srss" else ()
-            found.append(METRICS[metric](tokens, *more).cpu())
+    with tqdm(total=len(images), desc=name, unit="img", leave=False) as bar:
+        for i in range(0, len(images), BATCH):
+            tokens = teacher(images[i : i + BATCH].to(device))
+            if not tokens.isfinite().all():
+                raise ValueError(f"{name} gives tokens that are not finite")
+            for metric, found in values.items():
+                more = (masks[i : i + BATCH].to(device),) if metric == "srss" else ()
+                found.append(METRICS[metric](tokens, *more).cpu())
+            bar.update(len(tokens))
     return {m: torch.cat(v).double().numpy() for m, v in values.items()}, time.perf_counter() - start
 
 
@@ -262,17 +265,18 @@ def correlate(table, draws=10_000):
 def verdict(order, untrained):
     """What a ranking (names, best first) does and does not predict, for a person."""
     table = read_table(PUBLISHED)
-    r = {LABELS[k].split(",")[0]: f"{v['pearson'][0]:.2f}" for k, v in correlate(table, draws=1).items()}
+    r = {k: f"{v['pearson'][0]:.2f}" for k, v in correlate(table, draws=1).items()}
+    metrics = ", ".join(f"{LABELS[m]} {r[m]}" for m in METRICS)
     words = (
-        f"Over the {len(table)} published encoders FID falls as the metrics rise (Pearson r "
-        f"{', '.join(f'{k} {v}' for k, v in r.items())}), so of two trained encoders the one that ranks higher here is"
-        " the likelier good teacher. That is a correlation, measured for SiT-XL/2 with REPA after 100K steps and on"
-        " other images: no cause, no forecast of a FID, and nothing about features that nobody trained."
+        f"Over the {len(table)} published encoders FID falls as the metrics rise (Pearson r {metrics}; accuracy"
+        f" {r['accuracy']}): of two trained encoders the one ranked higher here is the likelier good teacher. This is"
+        " a correlation, measured for SiT-XL/2 with REPA after 100K steps and on other images: no cause, no forecast of"
+        " a FID, and nothing about untrained features."
     )
     floor = [name for name in order if name in untrained]
     below = [name for name in order[order.index(floor[0]) :] if name not in untrained] if floor else []
     if below:
-        words += f" Here {floor[0]}, which nobody trained, ranks above {', '.join(below)}: structure is not all."
+        words += f" Here {floor[0]}, untrained, ranks above {', '.join(below)}: structure is not all."
     return textwrap.fill(words, 110)
 
 
@@ -285,31 +289,22 @@ def show_table(rows):
 # Pictures
 
 
-def pyplot():
-    import matplotlib  # late: not every command draws
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def panel(axis, picture, title="", patch=None, **more):
     """A picture without ticks, a square around one of its patches."""
-    shown = axis.imshow(picture, **more)
+    shown = axis.imshow(np.asarray(picture), **more)
     axis.set(xticks=[], yticks=[])
     axis.set_title(textwrap.fill(title, 18), fontsize=10)
     if patch is not None:
         p = len(picture) / GRID
         corner = patch % GRID * p - 0.5, patch // GRID * p - 0.5
-        axis.add_patch(pyplot().Rectangle(corner, p, p, fill=False, edgecolor="cyan", linewidth=1.6))
+        axis.add_patch(Rectangle(corner, p, p, fill=False, edgecolor="cyan", linewidth=1.6))
     return shown
 
 
 def draw_similarity(path, images, patches, tokens):
     """images uint8 [n, 3, S, S], a patch of each, {title: tokens [n, T, D]} -> a PNG, two rows an image."""
-    plt, gamma = pyplot(), Config().gamma
-    figure = plt.figure(figsize=(1.6 * (len(tokens) + 2) + 0.4, 3.2 * len(images) + 0.9), layout="constrained")
+    gamma, size = Config().gamma, (1.6 * (len(tokens) + 2) + 0.4, 3.2 * len(images) + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
     places = figure.add_gridspec(2 * len(images), len(tokens) + 2)
     for i, (image, patch) in enumerate(zip(images, patches)):
         panel(figure.add_subplot(places[2 * i : 2 * i + 2, :2]), image.permute(1, 2, 0), "" if i else "image", patch)
@@ -322,8 +317,7 @@ def draw_similarity(path, images, patches, tokens):
                     axis.set_ylabel(("tokens", "spatial norm")[k], fontsize=10)
     bar = figure.colorbar(shown, ax=figure.axes, location="bottom", shrink=0.4, aspect=40, extend="min", pad=0.02)
     bar.set_label(f"cosine with the marked patch, before and after the spatial norm (gamma {gamma})", fontsize=10)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    figure.savefig(path, dpi=75)
 
 
 def colours(tokens):
@@ -337,31 +331,32 @@ def colours(tokens):
 
 def draw_pca(path, images, tokens):
     """images uint8 [n, 3, S, S], {title: tokens [n, T, D]} -> a PNG, one row an image."""
-    plt, size = pyplot(), (1.9 * (len(tokens) + 1), 1.9 * len(images) + 0.6)
-    figure, axes = plt.subplots(len(images), len(tokens) + 1, figsize=size, layout="constrained", squeeze=False)
-    for i, row in enumerate(axes):
+    figure = Figure(figsize=(1.9 * (len(tokens) + 1), 1.9 * len(images) + 0.6), layout="constrained")
+    figure.suptitle("first three principal components of an image's tokens as red, green, blue", fontsize=10)
+    for i, row in enumerate(figure.subplots(len(images), len(tokens) + 1, squeeze=False)):
         panel(row[0], images[i].permute(1, 2, 0), "" if i else "image")
         for axis, (title, z) in zip(row[1:], tokens.items()):
             panel(axis, colours(z[i]), "" if i else title)
-    figure.suptitle("first three principal components of an image's tokens as red, green, blue", fontsize=10)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    figure.savefig(path, dpi=75)
 
 
-def draw_correlations(path, found):
-    """What correlate() found -> a PNG, one panel a column."""
-    plt, size = pyplot(), (2.6 * len(found) + 0.4, 3)
-    figure, axes = plt.subplots(1, len(found), figsize=size, sharey=True, layout="constrained", squeeze=False)
-    for axis, (column, f) in zip(axes[0], found.items()):
+def report_correlations(found, path):
+    """What correlate() found -> a table and a PNG, one panel a column."""
+    rows = [("against FID", "n", "Pearson r [95% interval]", "Spearman r [95% interval]")]
+    figure = Figure(figsize=(2.6 * len(found) + 0.4, 3), layout="constrained")
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axis, (column, f) in zip(axes, found.items()):
+        cells = ["{:+.3f} [{:+.2f}, {:+.2f}]".format(*f[name]) for name in ("pearson", "spearman")]
+        rows.append((LABELS[column], str(len(f["x"])), *cells))
         ends = np.array([min(f["x"]), max(f["x"])])
         axis.scatter(f["x"], f["fid"], s=18, alpha=0.8)
         axis.plot(ends, np.polyval(np.polyfit(f["x"], f["fid"], 1), ends), color="black", linewidth=1)
-        axis.set_title("Pearson {:+.2f} [{:+.2f}, {:+.2f}]".format(*f["pearson"]), fontsize=10)
+        axis.set_title(f"Pearson {cells[0]}", fontsize=9)
         axis.set_xlabel(LABELS[column])
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("FID (lower is better)")
+    axes[0].set_ylabel("FID (lower is better)")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+    show_table(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -375,9 +370,8 @@ def build_parser():
     add("--data", metavar="DIR_OR_ZIP", help="images, at any depth")
     add("--encoders", nargs="+", default=["hog", "sift", "pixels"], metavar="NAME", help="(hog sift pixels)")
     add("--weights", nargs="+", action="extend", default=[], metavar="NAME=FILE", help="local weights, or random")
-    add("--images", type=int, default=1000, metavar="N", help="at most, drawn from --data once and for all (1000)")
+    add("--images", type=int, default=1000, metavar="N", help="at most, drawn with a fixed seed (1000)")
     add("--image-size", type=int, default=256, help="side of the centre crops, a multiple of 16 (256)")
-    add("--batch-size", type=int, default=16)
     add("--masks", metavar="DIR", help="object masks, for SRSS")
     add("--show", nargs="+", default=[], metavar="NAME:ROW,COLUMN", help="images to draw, each with one of its patches")
     text = "csv of fid and accuracy, lds, cds, srss, rmsc; or of encoder and fid, for the metrics measured here"
@@ -390,92 +384,89 @@ def build_parser():
 def compare(args, encoders, data, indices, shown, masks, device):
     """Measure, print, draw. -> what results.json says of it."""
     images = torch.stack([data[i] for i in tqdm(indices, "decoding", unit="img", leave=False)])
-    pictures = torch.stack([data[i] for i, _ in shown])
-    values, result, drawn, untrained = {}, {}, {}, set()
-    rows = [("encoder", "parameters", *(LABELS[m] for m in METRICS if m != "srss" or masks is not None), "seconds")]
+    pictures, patches = torch.stack([data[i] for i, _ in shown]), [patch for _, patch in shown]
+    values, drawn, untrained, result, rows = {}, {}, set(), {}, []
     for name, weights in encoders.items():
         teacher, parameters = load(name, weights, device)
         title = f"{name} (random)" if weights == "random" else name
-        untrained |= {title} if weights == "random" or parameters == 0 else set()
+        if weights == "random" or not parameters:
+            untrained.add(title)
         with torch.no_grad():
             drawn[title] = teacher(pictures.to(device)).cpu()
-        values[title], seconds = measure(name, teacher, images, masks, args, device)
-        stats = {
-            m: (np.nanmean(v), np.nanstd(v, ddof=1) / np.isfinite(v).sum() ** 0.5) for m, v in values[title].items()
-        }
-        rows.append(
-            (title, f"{parameters:,}", *("{:.4f} ± {:.4f}".format(*s) for s in stats.values()), f"{seconds:.1f}")
-        )
-        per_image = {m: [None if math.isnan(x) else round(x, 6) for x in v] for m, v in values[title].items()}
-        result[name] = dict(weights=weights, parameters=parameters, seconds=seconds, per_image=per_image)
-        result[name] |= {m: dict(mean=mean, standard_error=error) for m, (mean, error) in stats.items()}
-        del teacher
+        values[title], seconds = measure(name, teacher, images, masks, device)
+        result[title] = dict(weights=weights, parameters=parameters, seconds=seconds)
+        for metric, v in values[title].items():
+            mean, error = float(np.nanmean(v)), float(np.nanstd(v, ddof=1) / np.isfinite(v).sum() ** 0.5)
+            per_image = [round(x, 6) if math.isfinite(x) else None for x in v.tolist()]
+            result[title][metric] = dict(mean=mean, standard_error=error, per_image=per_image)
+        cells = ("{mean:.4f} ± {standard_error:.4f}".format(**result[title][m]) for m in values[title])
+        rows.append((title, f"{parameters:,}", *cells, f"{seconds:.1f}"))
+        del teacher  # before the next one is there
+    metrics = [LABELS[m] for m in values[title]]
     print(f"{len(indices)} of the {len(data)} images of {args.data}, mean ± standard error")
-    show_table(rows)
-    counted = f"{int(masks.any(1).sum())} images with a mask" if masks is not None else "left out, for want of --masks"
-    print(f"SRSS: {counted}\n")
+    show_table([("encoder", "parameters", *metrics, "seconds"), *rows])
+    print(f"SRSS: over {int(masks.any(1).sum())} of them, by their masks\n" if args.masks else "No SRSS: no --masks\n")
     if len(encoders) > 1:
-        metrics = list(values[title])
-        ranked = np.stack([ranks(np.stack([v[m] for v in values.values()])) for m in metrics], axis=1)
-        order = sorted(range(len(values)), key=lambda i: ranked[i, :, 0].mean())
-        names = list(values)
+        for metric in values[title]:
+            ranked = ranks(np.stack([found[metric] for found in values.values()]))
+            for title, row in zip(values, ranked.tolist()):
+                result[title].setdefault("ranks", {})[metric] = row
+        order = sorted(values, key=lambda title: sum(r for r, _, _ in result[title]["ranks"].values()))
+        cells = {t: ("{} [{}, {}]".format(*r) for r in result[t]["ranks"].values()) for t in order}
         print("rank by each metric, 1 has the most spatial structure [95% interval over the images]")
-        cells = [[f"{r} [{low}, {high}]" for r, low, high in ranked[i]] for i in order]
-        show_table([("encoder", *(LABELS[m] for m in metrics)), *((names[i], *row) for i, row in zip(order, cells))])
-        print(verdict([names[i] for i in order], untrained) + "\n")
-        for name, row in zip(result, ranked):
-            result[name]["ranks"] = dict(zip(metrics, row.tolist()))
-    draw_similarity(Path(args.out, "similarity.png"), pictures, [patch for _, patch in shown], drawn)
+        show_table([("encoder", *metrics), *((title, *cells[title]) for title in order)])
+        print(verdict(order, untrained) + "\n")
+    draw_similarity(Path(args.out, "similarity.png"), pictures, patches, drawn)
     draw_pca(Path(args.out, "pca.png"), pictures, drawn)
     return dict(images=[data.files[i] for i in indices], encoders=result)
+
+
+def prepare(args):
+    """What can be refused before the work is. -> the other arguments of compare(), or None without --data."""
+    if not args.data and not args.correlate:
+        raise ValueError("name images with --data, or ask for --correlate")
+    if Path(args.out).exists():
+        raise FileExistsError(f"--out {args.out} exists; another one leaves it as it is")
+    work, numbers = None, {}
+    if args.data:
+        if args.image_size % GRID or args.image_size < 2 * GRID or args.images < 2:
+            raise ValueError(f"--image-size is a multiple of {GRID} from {2 * GRID} up, and --images 2 at least")
+        if not Path(args.data).exists():
+            raise FileNotFoundError(f"--data {args.data} does not exist; name a folder of images, or a .zip of one")
+        device, encoders, data = pick_device(args.device), choose_encoders(args), Files(args.data, args.image_size)
+        if len(data) < 2:
+            raise ValueError(f"{args.data} holds one image, and a standard error needs two")
+        indices = np.sort(np.random.default_rng(0).permutation(len(data))[: args.images]).tolist()
+        shown = choose_shown(args, data.files, indices)
+        masks = read_masks(args.masks, [data.files[i] for i in indices], args.image_size) if args.masks else None
+        work = encoders, data, indices, shown, masks, device
+        numbers = {name: dict.fromkeys(METRICS, float(i)) for i, name in enumerate(encoders)}  # any will do here
+    if args.correlate:
+        correlate(read_table(args.correlate, numbers), draws=1)
+    return work
 
 
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    out, record = Path(args.out), dict(settings=vars(args), **versions())
+    out, record, measured = Path(args.out), dict(settings=vars(args), **versions()), {}
     try:
-        if not args.data and not args.correlate:
-            raise ValueError("name images with --data, or ask for --correlate")
-        if out.exists():
-            raise FileExistsError(f"--out {out} exists; another one leaves it as it is")
-        measured = {}
-        if args.data:
-            if args.image_size % GRID or args.image_size < 2 * GRID or args.batch_size < 1 or args.images < 2:
-                raise ValueError(
-                    f"--image-size must be a multiple of {GRID} from {2 * GRID} up, --batch-size positive, and --images"
-                    " 2 at least, for a standard error"
-                )
-            if not Path(args.data).exists():
-                raise FileNotFoundError(f"--data {args.data} does not exist; name a folder of images, or a .zip of one")
-            device, encoders, data = pick_device(args.device), choose_encoders(args), Files(args.data, args.image_size)
-            if len(data) < 2:
-                raise ValueError(f"{args.data} holds one image, and a standard error needs two")
-            indices = np.sort(np.random.default_rng(0).permutation(len(data))[: args.images]).tolist()
-            shown = choose_shown(args, data.files, indices)
-            masks = read_masks(args.masks, [data.files[i] for i in indices], args.image_size) if args.masks else None
-            # any numbers will do to see whether the table knows enough of the encoders
-            measured = {name: dict.fromkeys(METRICS, float(i)) for i, name in enumerate(encoders)}
-        if args.correlate:
-            correlate(read_table(args.correlate, measured), draws=1)
+        work = prepare(args)
         out.mkdir(parents=True)
-        if args.data:
-            record |= compare(args, encoders, data, indices, shown, masks, device)
-            measured = {n: {m: e[m]["mean"] for m in METRICS if m in e} for n, e in record["encoders"].items()}
-        if args.correlate:
-            record["correlations"] = found = correlate(read_table(args.correlate, measured))
-            rows = [("against FID", "n", "Pearson r [95% interval]", "Spearman r [95% interval]")]
-            for column, f in found.items():
-                cells = ("{:+.3f} [{:+.2f}, {:+.2f}]".format(*f[name]) for name in ("pearson", "spearman"))
-                rows.append((LABELS[column], str(len(f["x"])), *cells))
-            show_table(rows)
-            draw_correlations(out / "correlations.png", found)
-        (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        try:
+            if work:
+                record |= compare(args, *work)
+                found = zip(args.encoders, record["encoders"].values())
+                measured = {name: {m: e[m]["mean"] for m in METRICS if m in e} for name, e in found}
+            if args.correlate:
+                record["correlations"] = correlate(read_table(args.correlate, measured))
+                report_correlations(record["correlations"], out / "correlations.png")
+            (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        finally:
+            if not any(out.iterdir()):
+                out.rmdir()  # or the next attempt is refused
     except (ValueError, OSError) as e:
         parser.error(line(e))
-    finally:
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()  # so that the next attempt is not refused
     print(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 
 
