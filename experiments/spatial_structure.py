@@ -191,7 +191,7 @@ def read_masks(folder, files, size):
 
 @torch.no_grad()
 def measure(name, teacher, images, masks, device):
-    """-> ({metric: float64 [N]}, seconds)."""
+    """-> ({metric: float64 [N]}, seconds that the tokens and the metrics took)."""
     values, start = {m: [] for m in METRICS if m != "srss" or masks is not None}, time.perf_counter()
     with tqdm(total=len(images), desc=name, unit="img", leave=False) as bar:
         for i in range(0, len(images), BATCH):
@@ -245,7 +245,7 @@ def pearson(a, b):
 
 def correlate(table, draws=10_000):
     """-> {column: dict(x, fid, pearson, spearman)}, each r as [r, low, high]: 95% intervals from rows drawn again with
-    replacement. Columns with fewer than four points are left out, and ValueError if that leaves none."""
+    replacement. Columns that are constant or have fewer than four points are left out; ValueError if that is all."""
     out = {}
     for column in LABELS:
         points = np.array([[row.get(column, np.nan), row["fid"]] for row in table]).reshape(-1, 2)
@@ -258,14 +258,16 @@ def correlate(table, draws=10_000):
             r, again = (pearson(prepare(a), prepare(b)) for a, b in ((x, y), (x[drawn], y[drawn])))
             out[column][name] = [float(r), *np.nanpercentile(again, [2.5, 97.5]).tolist()]
     if not out:
-        raise ValueError("--correlate: a correlation needs four rows with a fid and with an accuracy or a metric")
+        raise ValueError(
+            "--correlate: a correlation needs four rows with a fid and with a metric or accuracy, not all equal"
+        )
     return out
 
 
 def verdict(order, untrained):
     """What a ranking (names, best first) does and does not predict, for a person."""
     table = read_table(PUBLISHED)
-    r = {k: f"{v['pearson'][0]:.2f}" for k, v in correlate(table, draws=1).items()}
+    r = {k: f"{v['pearson'][0]:.2f}" for k, v in correlate(table, draws=100).items()}
     metrics = ", ".join(f"{LABELS[m]} {r[m]}" for m in METRICS)
     words = (
         f"Over the {len(table)} published encoders FID falls as the metrics rise (Pearson r {metrics}; accuracy"
@@ -442,7 +444,7 @@ def prepare(args):
         work = encoders, data, indices, shown, masks, device
         numbers = {name: dict.fromkeys(METRICS, float(i)) for i, name in enumerate(encoders)}  # any will do here
     if args.correlate:
-        correlate(read_table(args.correlate, numbers), draws=1)
+        correlate(read_table(args.correlate, numbers), draws=100)
     return work
 
 
