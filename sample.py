@@ -352,13 +352,15 @@ def build_parser():
     add("--cfg", type=float, help="guidance scale; 1 is none")
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide for t in [LO, HI]; 0 1")
     add("--seed", type=int, default=0, help="names the sample set; image i depends on (seed, i)")
-    add("--batch-size", type=int, default=64, help="images at a time on each process")
+    add("--batch-size", type=int, help="images at a time on each process; 256 on GPUs, else 64")
     add("--vae", help="of latent checkpoints, by default the one it was trained with, or sd-vae-ft-mse: as in train.py")
     add("--vae-weights", choices=("random",), help="for tests only")
     add(
         "--latent-stats", metavar="FILE", help="scale and bias of each channel, for released checkpoints that need them"
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", default="tf32", choices=("fp32", "tf32", "bf16"), help="of products; tf32 (on GPUs) as released")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks; default: on GPUs")
     return parser
 
 
@@ -493,6 +495,12 @@ def write_samples(args, model, draw, settings, latent, target, rows, record, dev
     """The images of this process, batch by batch; the first process then makes one file of them, and the JSON."""
     rank, world = start_ranks(device, 24 * 60)  # the first to finish waits for the last
     config = model.to(device).config
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    if device.type == "cuda" if args.compile is None else args.compile:
+        for block in model.blocks:
+            block.compile()
     parts = Path(f"{target}.parts")
     if args.out_dir and rank == 0:
         target.mkdir(parents=True, exist_ok=True)
@@ -508,7 +516,8 @@ def write_samples(args, model, draw, settings, latent, target, rows, record, dev
     with tqdm(total=sum(len(batch) for batch, _ in todo), unit="img", desc="sampling", disable=rank > 0) as bar:
         for indices, chunk in todo:
             labels = choose_labels(args.labels, indices, config.num_classes, args.seed)
-            x = generate(model, labels, indices, args.seed, draw, **settings)
+            with autocast:
+                x = generate(model, labels, indices, args.seed, draw, **settings)
             if latent:
                 x = decode(latent[0], x, latent[1])
                 if not torch.isfinite(x).all():
@@ -556,6 +565,8 @@ def main(argv=None):
         if not math.isfinite(args.cfg or 0) or not low <= high:
             raise ValueError(f"--cfg {args.cfg} is a finite scale, --cfg-interval LO HI has LO <= HI: {low} {high}")
         device = pick_device(args.device)
+        if args.batch_size is None:
+            args.batch_size = 256 if device.type == "cuda" else 64
         model, config = load_checkpoint(args.ckpt, ema=not args.no_ema, projector=None)
         data = read_checkpoint(args.ckpt)
         name = method_of(data)

@@ -471,6 +471,37 @@ def test_bad_data_is_a_named_error(photos, tmp_path):
     assert len(data) == 2 and len(data.broken) == 2 and "cut.jpg" in data.broken[0]
 
 
+def test_each_file_of_a_bad_folder_ends_in_an_image_or_in_its_name(tmp_path):
+    rgb = Image.fromarray(np.random.RandomState(0).randint(0, 256, (24, 36, 3)).astype(np.uint8))
+    good, bad = tmp_path / "data/good ones é", tmp_path / "data/bad"
+    good.mkdir(parents=True)
+    bad.mkdir()
+    rgb.convert("P").save(good / "palette alpha.PNG", transparency=3)
+    rgb.convert("CMYK").save(good / "cmyk.JPEG")
+    Image.new("I;16", (20, 20), 40_000).save(good / "16bit.png")
+    Image.new("RGB", (1, 1), "red").save(good / "dot.png")
+    rgb.save(good / "animated.gif", save_all=True, append_images=[rgb.rotate(90), rgb])
+    (good / "loop").symlink_to(tmp_path / "data")
+    rgb.save(bad / "ok.jpg")
+    (bad / "cut.jpg").write_bytes((bad / "ok.jpg").read_bytes()[:700])
+    (bad / "empty.jpg").write_bytes(b"")
+    (bad / "text.jpg").write_text("not an image")
+    Image.new("1", (20_000, 20_000)).save(bad / "huge.png")  # 400 million pixels: a bomb, to PIL
+    (bad / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (bad / "notes.txt").write_text("left alone")
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    data = Folder(tmp_path / "data", 16, skip_broken=True, progress=False)
+    assert len(data) == 6 and data.classes == ["bad", "good ones é"]
+    for name in ("cut.jpg", "empty.jpg", "text.jpg", "huge.png", "gone.png"):
+        assert sum(f"bad/{name} cannot be decoded" in broken for broken in data.broken) == 1
+    assert before == {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as z:
+        for name in ("../../a/up.png", "/b/root.png"):
+            z.write(good / "dot.png", name)
+    assert len(Folder(tmp_path / "evil.zip", 16, progress=False)) == 2  # read in place: nothing is extracted
+    assert {*before, tmp_path / "evil.zip"} == {*tmp_path.rglob("*")} and not (tmp_path.parent.parent / "a").exists()
+
+
 def test_shapes_are_drawn_from_index_and_seed():
     first, again, other = Shapes(16, 40), Shapes(16, 40), Shapes(16, 40, seed=1)
     i = np.arange(20)

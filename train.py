@@ -578,6 +578,19 @@ def append(log, row):
         f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
 
+def update(model, ema, opt, clip, decay):
+    """Clip, step and average -> gradient norm, and 1. where it was not finite and nothing was applied.
+
+    The fused optimiser skips itself on the device, so that nobody has to wait for the number.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], clip)
+    opt.found_inf = (~torch.isfinite(norm)).float()
+    opt.step()
+    opt.zero_grad()
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    return norm, opt.found_inf
+
+
 def train(args, config, data, teacher, latent, device, checkpoint=None):
     rank, world = start_ranks(device, 30)
     atexit.register(kill_workers)
@@ -680,16 +693,9 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
                     losses = method.loss(wrapped, x, labels, target, config, generator, part=(i, parts))
                 (losses["loss"] / args.accumulate).backward()
             terms += torch.stack([losses[k].detach() for k in ("loss", "denoise", "align")]) / args.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
-        # a non-finite gradient must not reach weights or EMA: the fused step skips itself on the device, so that
-        # nobody has to wait for the number
-        opt.found_inf = (~torch.isfinite(norm)).float()
-        skips[step - since] = opt.found_inf
-        sums += torch.where(opt.found_inf > 0, 0, torch.cat([terms, norm[None]]))
-        opt.step()
-        opt.zero_grad()
         decay = min(args.ema, (1 + step) / (10 + step)) if args.ema_warmup else args.ema
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        norm, skips[step - since] = update(model, ema, opt, args.clip, decay)
+        sums += torch.where(skips[step - since] > 0, 0, torch.cat([terms, norm[None]]))
         bar.update()
 
         done = step + 1
