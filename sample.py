@@ -256,6 +256,8 @@ def load_checkpoint(path, /, ema=True, **overrides):
         for field in set(settings) - {f.name for f in fields(method.Config)}:
             raise ValueError(f"unknown field {field!r} of Config")
         config = method.Config(**settings)
+        if config.depth > len(weights):  # before time and memory go into blocks that the file cannot fill
+            raise ValueError(f"its config has {config.depth} blocks, and the file {len(weights)} tensors")
         with torch.device("meta"):  # no initialisation: every tensor comes from the file
             model = method.model(config)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError, AttributeError) as e:
