@@ -309,17 +309,12 @@ def alignment_loss(z, target):
     return -F.cosine_similarity(z.float(), target.float(), dim=-1).mean()
 
 
-def irepa_loss(model, x, y, target, config, generator=None, part=(0, 1)):
-    """Denoising + proj_coeff * alignment (REPA, eq. 9), as a dict of scalars: loss, denoise, align.
+def draws(x, generator=None, part=(0, 1)):
+    """-> draw(sample, *shape): torch.rand's or torch.randn's numbers for each image of x, [len(x), *shape], beside x.
 
-    x [B, C, H, W] clean images in [-1, 1] or scaled latents, y [B] labels, target [B, T, encoder_dim] the teacher's
-    raw tokens (the spatial norm is applied here; ignored without projector). The times, noise and label drops come
-    from `generator`, on its device. part = (i, n) says that x is the i-th of n equal parts of a batch: the draws are
-    those of the whole batch, so that n ranks, or n accumulated parts, train as one.
+    They come from `generator`, on its device. part = (i, n) says that x is the i-th of n equal parts of a batch: the
+    draws are those of the whole batch, so that n ranks, or n accumulated parts, train as one.
     """
-    if config.projector and (target is None or target.shape[1] != (config.input_size // config.patch_size) ** 2):
-        got = None if target is None else list(target.shape)
-        raise ValueError(f"the model has {config.input_size // config.patch_size}^2 tokens, the teacher's are {got}")
     (i, n), size = part, len(x)
     device = generator.device if generator is not None else x.device
 
@@ -327,15 +322,35 @@ def irepa_loss(model, x, y, target, config, generator=None, part=(0, 1)):
         whole = sample(n * size, *shape, generator=generator, device=device)
         return whole[i * size : (i + 1) * size].to(x.device)
 
+    return draw
+
+
+def with_alignment(denoise, z, target, config):
+    """denoise + proj_coeff * alignment (REPA, eq. 9), as a dict of scalars: loss, denoise, align.
+
+    z [B, T, encoder_dim] projected tokens, target the teacher's raw ones, to which the spatial norm is applied here.
+    """
+    if not config.projector:
+        return dict(loss=denoise, denoise=denoise, align=torch.zeros_like(denoise))
+    if target is None or target.shape[1] != z.shape[1]:
+        got = None if target is None else list(target.shape)
+        raise ValueError(f"the model has {config.input_size // config.patch_size}^2 tokens, the teacher's are {got}")
+    if config.gamma is not None:
+        target = spatial_norm(target, config.gamma)
+    align = alignment_loss(z, target)
+    return dict(loss=denoise + config.proj_coeff * align, denoise=denoise, align=align)
+
+
+def irepa_loss(model, x, y, target, config, generator=None, part=(0, 1)):
+    """Denoising + proj_coeff * alignment (REPA, eq. 9), as a dict of scalars: loss, denoise, align.
+
+    x [B, C, H, W] clean images in [-1, 1] or scaled latents, y [B] labels, target [B, T, encoder_dim] the teacher's
+    raw tokens (ignored without projector). generator and part, as in draws, give the times, noise and label drops.
+    """
+    draw = draws(x, generator, part)
     t, noise = draw(torch.rand), draw(torch.randn, *x.shape[1:])
     if model.training:
         y = torch.where(draw(torch.rand) < config.class_dropout, config.num_classes, y)
     x_t, velocity = interpolate(x, noise, t, config.path)
     v, z = model(x_t, t, y)
-    denoise = (v.float() - velocity).square().mean()
-    if not config.projector:
-        return dict(loss=denoise, denoise=denoise, align=torch.zeros_like(denoise))
-    if config.gamma is not None:
-        target = spatial_norm(target, config.gamma)
-    align = alignment_loss(z, target)
-    return dict(loss=denoise + config.proj_coeff * align, denoise=denoise, align=align)
+    return with_alignment((v.float() - velocity).square().mean(), z, target, config)
