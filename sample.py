@@ -357,7 +357,7 @@ def build_parser():
     add("--sampler", choices=("sde", "euler", "heun"), help="of SiT: sde, which is that of reported numbers")
     add("--steps", type=int, help="steps from noise to image; of SiT: 250")
     add("--cfg", type=float, help="guidance scale; 1 is none")
-    add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide for t in [LO, HI]; 0 1; JiT's t is 1 - t")
+    add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide for t in [LO, HI]; of JiT in its t")
     add("--seed", type=int, default=0, help="names the sample set; image i depends on (seed, i)")
     add("--batch-size", type=int, default=64, help="images at a time on each process")
     add("--vae", help="of latent checkpoints, by default the one it was trained with, or sd-vae-ft-mse: as in train.py")

@@ -84,10 +84,11 @@ def build_parser():
     add("--steps", type=int, default=400_000, help="optimiser steps")
     add("--batch-size", type=int, default=256, help="global: over all processes and accumulated parts")
     add("--accumulate", type=int, default=1, help="parts a process's share of the batch is split into")
-    add("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay")
+    add("--lr", type=float, default=1e-4, help="AdamW, first beta 0.9, no weight decay")
+    add("--beta2", type=float, default=0.999, help="second beta of AdamW")
     add("--warmup", type=int, default=0, help="steps of linear warm-up of the learning rate")
     add("--lr-schedule", default="constant", choices=("constant", "cosine"), help="after the warm-up")
-    add("--clip", type=float, default=1.0, help="gradient norm")
+    add("--clip", type=optional(float), default=1.0, help="gradient norm, or none")
     add("--ema", type=float, default=0.9999, help="decay of the moving average of the weights, a step")
     add("--ema-warmup", action="store_true", help="let the decay rise to --ema as (1 + step) / (10 + step)")
     add("--seed", type=int, default=0, help="of weights, data order, noise, times and label drops")
@@ -192,7 +193,7 @@ def resolve(parser, argv=None):
         raise ValueError("--cache-latents writes to a folder of its own: name it with --out")
     positive = "image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
     for name in positive:
-        if not 0 < getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:  # --clip none
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in "proj_coeff gamma sample_cfg warmup workers sample_every seed".split():
         value = getattr(args, name)
@@ -202,8 +203,8 @@ def resolve(parser, argv=None):
         raise ValueError(f"--seed must be below 2^63, not {args.seed}")
     if checkpoint and checkpoint["step"] >= args.steps and not given.get("cache_latents"):
         raise ValueError(f"{out} is at step {checkpoint['step']} already, and --steps is {args.steps}: nothing to do")
-    if not 0 <= args.class_dropout < 1 or not 0 <= args.ema < 1:
-        raise ValueError("--class-dropout and --ema lie in [0, 1)")
+    if not all(0 <= share < 1 for share in (args.class_dropout, args.ema, args.beta2)):
+        raise ValueError("--class-dropout, --ema and --beta2 lie in [0, 1)")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (world * args.accumulate):
         raise ValueError(
@@ -472,7 +473,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
     model = method.model(config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0, fused=True)
+    opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
     start, seconds = 0, 0.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -543,7 +544,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
                     losses = method.loss(wrapped, x, labels, target, config, generator, part=(i, parts))
                 (losses["loss"] / args.accumulate).backward()
             sums[:3] += torch.stack([losses[k].detach() for k in ("loss", "denoise", "align")]) / args.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(params, math.inf if args.clip is None else args.clip)
         # a non-finite gradient must not reach weights or EMA: the fused step skips itself on the device, so that
         # nobody has to wait for the number
         opt.found_inf = (~torch.isfinite(norm)).float()

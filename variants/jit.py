@@ -30,7 +30,12 @@ from sample import guided, projector_of, sample_ode
 
 # name: (depth, width, heads, bottleneck, block after which the alignment sits). B, L, H and patches of 16 (256 px) and
 # 32 (512 px) are the paper's; S, the smaller patches and H's depth of alignment are ours.
-SIZES = {"S": (12, 384, 6, 128, 4), "B": (12, 768, 12, 128, 4), "L": (24, 1024, 16, 128, 8), "H": (32, 1280, 16, 256, 8)}
+SIZES = {
+    "S": (12, 384, 6, 128, 4),
+    "B": (12, 768, 12, 128, 4),
+    "L": (24, 1024, 16, 128, 8),
+    "H": (32, 1280, 16, 256, 8),
+}
 PATCHES = (4, 8, 16, 32)
 
 
@@ -78,7 +83,7 @@ class Config:
         )
         check(
             self.hidden_size % (4 * self.num_heads) == 0,
-            f"hidden_size {self.hidden_size} must be a multiple of 4 x num_heads {self.num_heads}, for rotary positions",
+            f"hidden_size {self.hidden_size} must be a multiple of 4 x num_heads {self.num_heads}, to be rotated",
         )
         check(
             0 <= self.in_context_start < self.depth,
@@ -308,8 +313,9 @@ def sampler(model, y, noise, generators, sampler: Literal["heun", "euler"] = "he
 def infer_config(weights, args=None):
     """The Config fields that a released state dict shows by its shapes, and its args (a Namespace, or None) by name."""
     bottleneck, channels, patch, _ = weights["x_embedder.proj1.weight"].shape
-    width, depth = weights["x_embedder.proj2.bias"].shape[0], 1 + max(
-        int(k.split(".")[1]) for k in weights if k.startswith("blocks.")
+    width, depth = (
+        weights["x_embedder.proj2.bias"].shape[0],
+        1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")),
     )
     by_width = {width: encoder_depth for _, width, _, _, encoder_depth in SIZES.values()}
     settings = dict(
