@@ -17,7 +17,7 @@ have to draw from the step's generator for a resumed run to be the same run.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,7 +25,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import irepa
-from irepa import LabelEmbedder, Projector, SiT, TimestepEmbedder, draws, interpolate, modulate, with_alignment
+from irepa import (
+    LabelEmbedder,
+    Projector,
+    TimestepEmbedder,
+    check,
+    check_network,
+    draws,
+    interpolate,
+    look_up,
+    modulate,
+)
 from sample import guided, projector_of, sample_ode
 
 # name: (depth, width, heads, bottleneck, block after which the alignment sits). B, L, H and patches of 16 (256 px) and
@@ -67,20 +77,12 @@ class Config:
     proj_coeff: float = 0.5
 
     def __post_init__(self):
-        def check(ok, message):
-            if not ok:
-                raise ValueError(message)
-
         if self.noise_scale is None:  # the paper has 1 at 256 px and 2 at 512; below, 1 is ours
             self.noise_scale = max(1.0, self.input_size / 256)
-        positive = "input_size patch_size hidden_size depth num_heads bottleneck num_classes in_context_len kernel_size"
-        for name in [*positive.split(), "noise_scale", "P_std", "t_eps"]:
+        check_network(self)
+        for name in "bottleneck in_context_len noise_scale P_std t_eps".split():
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         check(self.in_channels == 3, f"JiT is made for pixels (--vae none), not for {self.in_channels} channels")
-        check(
-            self.input_size % self.patch_size == 0,
-            f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}",
-        )
         check(
             self.hidden_size % (4 * self.num_heads) == 0,
             f"hidden_size {self.hidden_size} must be a multiple of 4 x num_heads {self.num_heads}, to be rotated",
@@ -89,15 +91,6 @@ class Config:
             0 <= self.in_context_start < self.depth,
             f"in_context_start {self.in_context_start} leaves none of the {self.depth} blocks after it",
         )
-        check(
-            self.projector in ("conv", "mlp", "linear", None),
-            f"projector is 'conv', 'mlp', 'linear' or None, not {self.projector!r}",
-        )
-        check(
-            self.projector is None or 1 <= self.encoder_depth <= self.depth,
-            f"encoder_depth {self.encoder_depth} is not among the {self.depth} blocks",
-        )
-        check(self.kernel_size % 2 == 1, f"kernel_size {self.kernel_size} must be odd, to keep the token grid")
 
     @classmethod
     def named(cls, name, **overrides):
@@ -105,16 +98,9 @@ class Config:
 
         ValueError, with the list of what there is, for a name or a field that does not exist.
         """
-        size, _, patch = name.removeprefix("JiT-").partition("/")
-        if not name.startswith("JiT-") or size not in SIZES or patch not in map(str, PATCHES):
-            names = " ".join(f"JiT-{s}/{p}" for s in SIZES for p in PATCHES)
-            raise ValueError(f"unknown model {name!r}; there are {names}")
-        known = [f.name for f in fields(cls)]
-        for field in overrides:
-            if field not in known:
-                raise ValueError(f"unknown field {field!r} of Config; there are {' '.join(known)}")
-        depth, width, heads, bottleneck, encoder_depth = SIZES[size]
-        settings = dict(patch_size=int(patch), depth=depth, hidden_size=width, num_heads=heads, bottleneck=bottleneck)
+        row, patch = look_up(cls, "JiT", SIZES, PATCHES, name, overrides)
+        depth, width, heads, bottleneck, encoder_depth = row
+        settings = dict(patch_size=patch, depth=depth, hidden_size=width, num_heads=heads, bottleneck=bottleneck)
         depth = overrides.get("depth", depth)
         settings.update(encoder_depth=min(encoder_depth, depth), in_context_start=depth // 3)
         return cls(**{**settings, **overrides})
@@ -232,7 +218,7 @@ class JiT(nn.Module):
         self.final_layer.norm_final = RMSNorm(c.hidden_size)
         self.initialize()
 
-    unpatchify = SiT.unpatchify
+    unpatchify = irepa.SiT.unpatchify
 
     def initialize(self):
         """Every initialisation in one place. Zero gates and a zero last layer: a new model outputs exactly 0."""
@@ -288,7 +274,7 @@ def loss(model, x, y, target, config, generator=None, part=(0, 1)):
     x_t, _ = interpolate(x, noise, t)
     image, z = model(x_t, t, y)
     error = (image.float() - x) / t.clamp(min=config.t_eps).view(-1, 1, 1, 1)
-    return with_alignment(error.square().mean(), z, target, config)
+    return irepa.with_alignment(error.square().mean(), z, target, config)
 
 
 def sampler(model, y, noise, generators, sampler: Literal["heun", "euler"] = "heun", steps=50, cfg=1.0,
@@ -313,10 +299,8 @@ def sampler(model, y, noise, generators, sampler: Literal["heun", "euler"] = "he
 def infer_config(weights, args=None):
     """The Config fields that a released state dict shows by its shapes, and its args (a Namespace, or None) by name."""
     bottleneck, channels, patch, _ = weights["x_embedder.proj1.weight"].shape
-    width, depth = (
-        weights["x_embedder.proj2.bias"].shape[0],
-        1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")),
-    )
+    width = weights["x_embedder.proj2.bias"].shape[0]
+    depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
     by_width = {width: encoder_depth for _, width, _, _, encoder_depth in SIZES.values()}
     settings = dict(
         input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch,
