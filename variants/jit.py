@@ -62,7 +62,7 @@ class Config:
     bottleneck: int = 128  # width between the two layers of the patch embedding
     num_classes: int = 1000  # the label num_classes is the null class
     class_dropout: float = 0.1
-    in_context_len: int = 32  # copies of the label that join the tokens
+    in_context_len: int | None = None  # copies of the label that join the tokens; None: 32, at most an eighth of them
     in_context_start: int = 4  # after this many blocks: a third of them
     noise_scale: float | None = None  # standard deviation of the noise; None: input_size / 256, and at least 1
     P_mean: float = -0.8  # of the logit of JiT's time
@@ -80,6 +80,8 @@ class Config:
         if self.noise_scale is None:  # the paper has 1 at 256 px and 2 at 512; below, 1 is ours
             self.noise_scale = max(1.0, self.input_size / 256)
         check_network(self)
+        if self.in_context_len is None:  # the paper always has 256 tokens; fewer are ours
+            self.in_context_len = max(1, min(32, (self.input_size // self.patch_size) ** 2 // 8))
         for name in "bottleneck in_context_len noise_scale P_std t_eps".split():
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         check(self.in_channels == 3, f"JiT is made for pixels (--vae none), not for {self.in_channels} channels")
