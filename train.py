@@ -39,7 +39,7 @@ DEMO = dict(
     ckpt_every=600, sample_cfg=3.0, out="runs/demo",
 )  # fmt: skip
 # what is otherwise in the demo of another method
-DEMO_OF = {"jit": dict(model="JiT-S/4", out="runs/jit-demo")}
+DEMO_OF = {"jit": dict(model="JiT-S/4", steps=900, sample_every=300, ckpt_every=300, out="runs/jit-demo")}
 
 
 def build_parser():
