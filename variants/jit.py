@@ -25,17 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import irepa
-from irepa import (
-    LabelEmbedder,
-    Projector,
-    TimestepEmbedder,
-    check,
-    check_network,
-    draws,
-    interpolate,
-    look_up,
-    modulate,
-)
+from irepa import Projector, check, check_network, draws, interpolate, look_up, modulate, with_alignment
 from sample import guided, projector_of, sample_ode
 
 # name: (depth, width, heads, bottleneck, block after which the alignment sits). B, L, H and patches of 16 (256 px) and
@@ -207,8 +197,8 @@ class JiT(nn.Module):
         super().__init__()
         self.config = c = config
         self.x_embedder = PatchEmbed(c.patch_size, c.in_channels, c.bottleneck, c.hidden_size)
-        self.t_embedder = TimestepEmbedder(c.hidden_size)
-        self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
+        self.t_embedder = irepa.TimestepEmbedder(c.hidden_size)
+        self.y_embedder = irepa.LabelEmbedder(c.num_classes, c.hidden_size)
         table = irepa.position_table(c.hidden_size, c.input_size // c.patch_size)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.in_context_posemb = nn.Parameter(torch.zeros(1, c.in_context_len, c.hidden_size))
@@ -265,8 +255,9 @@ model = JiT
 def loss(model, x, y, target, config, generator=None, part=(0, 1)):
     """As irepa.irepa_loss: x [B, 3, H, W] in [-1, 1] -> dict of scalars loss, denoise, align.
 
-    With x_t = (1 - t) x + t noise the velocity is (x_t - x) / t, and the predicted one (x_t - image) / t (JiT, eq. 7):
-    denoise, its mean squared error, is that of the image over t^2. Both take t_eps for a smaller t.
+    With x_t = (1 - t) x + t noise the velocity is (x_t - x) / t, and the predicted one (x_t - image) / t:
+    denoise, its mean squared error, is that of the image over t^2 (x-prediction with v-loss in the paper). Both take
+    t_eps for a smaller t.
     """
     draw = draws(x, generator, part)
     t = own_time(torch.sigmoid(config.P_mean + config.P_std * draw(torch.randn)))
@@ -276,7 +267,7 @@ def loss(model, x, y, target, config, generator=None, part=(0, 1)):
     x_t, _ = interpolate(x, noise, t)
     image, z = model(x_t, t, y)
     error = (image.float() - x) / t.clamp(min=config.t_eps).view(-1, 1, 1, 1)
-    return irepa.with_alignment(error.square().mean(), z, target, config)
+    return with_alignment(error.square().mean(), z, target, config)
 
 
 def sampler(model, y, noise, generators, sampler: Literal["heun", "euler"] = "heun", steps=50, cfg=1.0,
