@@ -39,7 +39,7 @@ from inputs.images import line
 from inputs.latents import decode, load_vae, same_spec, write_whole
 from irepa import SIZES, Config, SiT, irepa_loss, path_coefficients
 
-VARIANTS = ()  # the files of variants/
+VARIANTS = ("meanflow",)  # the files of variants/
 
 # ---------------------------------------------------------------------------------------------------------------
 # Velocity -> samples

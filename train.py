@@ -17,7 +17,12 @@ import argparse
 import sys
 
 # --method: presets over the flags of the same names
-METHODS = {"irepa": dict(align="irepa"), "repa": dict(align="repa"), "sit": dict(align="none")}
+METHODS = {
+    "irepa": dict(align="irepa"),
+    "repa": dict(align="repa"),
+    "sit": dict(align="none"),
+    "meanflow": dict(align="irepa", model="SiT-B/2", beta2=0.95),
+}
 # --align: likewise
 ALIGN = {
     "irepa": dict(projector="conv", kernel_size=3, gamma=0.6, proj_coeff=1.0),
@@ -30,6 +35,8 @@ DEMO = dict(
     lr=2e-3, warmup=100, lr_schedule="cosine", ema=0.998, ema_warmup=True, log_every=50, sample_every=600,
     ckpt_every=600, sample_cfg=3.0, out="runs/demo",
 )  # fmt: skip
+# what a method changes of --demo
+DEMOS = {"meanflow": dict(omega=2.0, kappa=0.0, sample_cfg=1.0, out="runs/demo-meanflow")}
 
 
 def build_parser():
@@ -48,13 +55,23 @@ def build_parser():
         return parse
 
     add = parser.add_argument_group("method (presets: --method)").add_argument
-    add("--method", default="irepa", choices=METHODS, help="irepa: conv, spatial norm; repa: mlp; sit: no alignment")
+    add(
+        "--method",
+        default="irepa",
+        choices=METHODS,
+        help="irepa: conv, spatial norm; repa: mlp; sit: no alignment; meanflow: one-step generation",
+    )
     add("--align", choices=ALIGN, help="the same for the other methods")
     add("--projector", type=optional(str), default="conv", help="conv, mlp, linear or none")
     add("--kernel-size", type=int, default=3, help="of the conv projector")
     add("--gamma", type=optional(float), default=0.6, help="of the spatial norm of the teacher's tokens, or none")
     add("--proj-coeff", type=float, default=1.0, help="weight of the alignment in the loss")
     add("--encoder-depth", type=int, help="align after this block; by size: 4 for S and B, 8 for L and XL")
+    add("--omega", type=float, help="of meanflow: guidance baked in, of the effective scale omega / (1 - kappa)")
+    add(
+        "--kappa", type=float, help="of meanflow: the part of it that comes from the network's own conditional velocity"
+    )
+    add("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="of meanflow: guide for t in [LO, HI]")
     add = parser.add_argument_group("teacher").add_argument
     add("--encoder", default="hog", help="hog or sift (no weights), a name of --list-encoders, timm:<any ViT>")
     add("--encoder-weights", metavar="FILE", help="local weights instead of a download; 'random' is for tests only")
@@ -84,7 +101,8 @@ def build_parser():
     add("--steps", type=int, default=400_000, help="optimiser steps")
     add("--batch-size", type=int, default=256, help="global: over all processes and accumulated parts")
     add("--accumulate", type=int, default=1, help="parts a process's share of the batch is split into")
-    add("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay")
+    add("--lr", type=float, default=1e-4, help="AdamW, first beta 0.9, no weight decay")
+    add("--beta2", type=float, default=0.999, help="of AdamW")
     add("--warmup", type=int, default=0, help="steps of linear warm-up of the learning rate")
     add("--lr-schedule", default="constant", choices=("constant", "cosine"), help="after the warm-up")
     add("--clip", type=float, default=1.0, help="gradient norm")
@@ -152,7 +170,8 @@ def resolve(parser, argv=None):
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, parser))))
     given = {k: v for k, v in given.items() if v is not parser}  # what the user wrote
-    demo = DEMO if given.get("demo") else {}
+    method = given.get("method", "irepa")
+    demo = {**DEMO, **DEMOS.get(method, {})} if given.get("demo") else {}
     if demo and ("data" in given or given.get("cache_latents")):
         raise ValueError("--demo draws its own images: leave --data and --cache-latents out, or --demo")
     if demo and "model" in given:  # a size asked for by name is that size
@@ -160,7 +179,7 @@ def resolve(parser, argv=None):
     elif demo and given.get("depth", 1) > 0:
         demo = {**demo, "encoder_depth": min(demo["encoder_depth"], given.get("depth", demo["depth"]))}
     saved, checkpoint = {}, None
-    method, model = given.get("method", "irepa"), given.get("model", defaults["model"])
+    model = given.get("model") or METHODS[method].get("model", defaults["model"])
     out = Path(given.get("out") or demo.get("out") or f"runs/{method}-{model.replace('/', '-')}")
     if given.get("resume"):
         if not out.is_dir():
@@ -202,8 +221,8 @@ def resolve(parser, argv=None):
         raise ValueError(f"--seed must be below 2^63, not {args.seed}")
     if checkpoint and checkpoint["step"] >= args.steps and not given.get("cache_latents"):
         raise ValueError(f"{out} is at step {checkpoint['step']} already, and --steps is {args.steps}: nothing to do")
-    if not 0 <= args.class_dropout < 1 or not 0 <= args.ema < 1:
-        raise ValueError("--class-dropout and --ema lie in [0, 1)")
+    if not all(0 <= value < 1 for value in (args.class_dropout, args.ema, args.beta2)):
+        raise ValueError("--class-dropout, --ema and --beta2 lie in [0, 1)")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (world * args.accumulate):
         raise ValueError(
@@ -214,7 +233,9 @@ def resolve(parser, argv=None):
 
 def network(args, spec=None, num_classes=1000, encoder_dim=1):
     """The Config that the flags ask for. ValueError where they do not fit together."""
-    Config = method_named(args.method).Config
+    method = method_named(args.method)
+    Config = method.Config
+    sampler_settings(method, args.method, cfg=args.sample_cfg if args.sample_cfg != 1 else None)
     factor, channels = (spec["factor"], spec["channels"]) if spec else (8, 4) if args.vae != "none" else (1, 3)
     if args.image_size % factor:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of the VAE's factor {factor}")
@@ -226,7 +247,9 @@ def network(args, spec=None, num_classes=1000, encoder_dim=1):
             fields[name] = getattr(args, name)
         elif getattr(args, name) != build_parser().get_default(name):
             raise ValueError(f"--method {args.method} has no --{name.replace('_', '-')}")
-    for name in "encoder_depth hidden_size depth num_heads".split():
+    for name in "encoder_depth hidden_size depth num_heads omega kappa guidance_interval".split():
+        if getattr(args, name) is not None and name not in has:
+            raise ValueError(f"--method {args.method} has no --{name.replace('_', '-')}")
         if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
     config = Config.named(args.model, **fields)
@@ -472,7 +495,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
     model = method.model(config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0, fused=True)
+    opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
     start, seconds = 0, 0.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])

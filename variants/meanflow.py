@@ -1,6 +1,6 @@
 """MeanFlow (arXiv 2505.13447) with iREPA: one network evaluation from noise to image.
 
-    python train.py --demo --method meanflow                                        a few minutes, ends in 1-step samples
+    python train.py --demo --method meanflow                            minutes on a CPU, ends in 1-step samples
     python train.py --method meanflow --encoder dinov2_vitb14 --latents data/imagenet/latents-256
     python sample.py --ckpt runs/meanflow-SiT-B-2/last.pt [--steps 4]
 
