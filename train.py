@@ -21,6 +21,8 @@ METHODS = {
     "irepa": dict(align="irepa"),
     "repa": dict(align="repa"),
     "sit": dict(align="none"),
+    # lr and warm-up are JiT's 5e-5 a batch of 256 and 5 epochs of ImageNet
+    "jit": dict(align="irepa", model="JiT-B/16", vae="none", lr=5e-5, beta2=0.95, clip=None, warmup=25_000),
     "meanflow": dict(align="irepa", model="SiT-B/2", beta2=0.95),
 }
 # --align: likewise
@@ -29,14 +31,19 @@ ALIGN = {
     "repa": dict(projector="mlp", gamma=None, proj_coeff=0.5),
     "none": dict(projector=None),
 }
+# what --align means otherwise in another method
+ALIGN_OF = {("jit", "irepa"): dict(gamma=0.8, proj_coeff=0.5)}
 # --demo: likewise; drawn shapes take the place of --data
 DEMO = dict(
     image_size=32, model="SiT-S/4", hidden_size=192, depth=4, num_heads=3, encoder_depth=2, batch_size=32, steps=1800,
     lr=2e-3, warmup=100, lr_schedule="cosine", ema=0.998, ema_warmup=True, log_every=50, sample_every=600,
     ckpt_every=600, sample_cfg=3.0, out="runs/demo",
 )  # fmt: skip
-# what a method changes of --demo
-DEMOS = {"meanflow": dict(omega=2.0, kappa=0.0, sample_cfg=1.0, out="runs/demo-meanflow")}
+# what is otherwise in the demo of another method
+DEMO_OF = {
+    "jit": dict(model="JiT-S/4", out="runs/jit-demo"),
+    "meanflow": dict(omega=2.0, kappa=0.0, sample_cfg=1.0, out="runs/meanflow-demo"),
+}
 
 
 def build_parser():
@@ -59,9 +66,9 @@ def build_parser():
         "--method",
         default="irepa",
         choices=METHODS,
-        help="irepa: conv, spatial norm; repa: mlp; sit: no alignment; meanflow: one-step generation",
+        help="irepa: conv, spatial norm; repa: mlp; sit: none; or a file of variants",
     )
-    add("--align", choices=ALIGN, help="the same for the other methods")
+    add("--align", choices=ALIGN, help="the same for the other methods, by default irepa")
     add("--projector", type=optional(str), default="conv", help="conv, mlp, linear or none")
     add("--kernel-size", type=int, default=3, help="of the conv projector")
     add("--gamma", type=optional(float), default=0.6, help="of the spatial norm of the teacher's tokens, or none")
@@ -77,7 +84,7 @@ def build_parser():
     add("--encoder-weights", metavar="FILE", help="local weights instead of a download; 'random' is for tests only")
     add("--list-encoders", action="store_true", help="print the teachers by name, and leave")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="SiT-XL/2", help="SiT-{S,B,L,XL}/{1,2,4,8}")
+    add("--model", default="SiT-XL/2", help="SiT-{S,B,L,XL}/{1,2,4,8} or JiT-{S,B,L,H}/{4,8,16,32}")
     add("--hidden-size", type=int, help="instead of the model's own")
     add("--depth", type=int, help="instead of the model's own")
     add("--num-heads", type=int, help="instead of the model's own")
@@ -102,10 +109,10 @@ def build_parser():
     add("--batch-size", type=int, default=256, help="global: over all processes and accumulated parts")
     add("--accumulate", type=int, default=1, help="parts a process's share of the batch is split into")
     add("--lr", type=float, default=1e-4, help="AdamW, first beta 0.9, no weight decay")
-    add("--beta2", type=float, default=0.999, help="of AdamW")
+    add("--beta2", type=float, default=0.999, help="second beta of AdamW")
     add("--warmup", type=int, default=0, help="steps of linear warm-up of the learning rate")
     add("--lr-schedule", default="constant", choices=("constant", "cosine"), help="after the warm-up")
-    add("--clip", type=float, default=1.0, help="gradient norm")
+    add("--clip", type=optional(float), default=1.0, help="gradient norm, or none")
     add("--ema", type=float, default=0.9999, help="decay of the moving average of the weights, a step")
     add("--ema-warmup", action="store_true", help="let the decay rise to --ema as (1 + step) / (10 + step)")
     add("--seed", type=int, default=0, help="of weights, data order, noise, times and label drops")
@@ -171,7 +178,7 @@ def resolve(parser, argv=None):
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, parser))))
     given = {k: v for k, v in given.items() if v is not parser}  # what the user wrote
     method = given.get("method", "irepa")
-    demo = {**DEMO, **DEMOS.get(method, {})} if given.get("demo") else {}
+    demo = {**DEMO, **DEMO_OF.get(method, {})} if given.get("demo") else {}
     if demo and ("data" in given or given.get("cache_latents")):
         raise ValueError("--demo draws its own images: leave --data and --cache-latents out, or --demo")
     if demo and "model" in given:  # a size asked for by name is that size
@@ -179,7 +186,7 @@ def resolve(parser, argv=None):
     elif demo and given.get("depth", 1) > 0:
         demo = {**demo, "encoder_depth": min(demo["encoder_depth"], given.get("depth", demo["depth"]))}
     saved, checkpoint = {}, None
-    model = given.get("model") or METHODS[method].get("model", defaults["model"])
+    model = given.get("model", METHODS[method].get("model", defaults["model"]))
     out = Path(given.get("out") or demo.get("out") or f"runs/{method}-{model.replace('/', '-')}")
     if given.get("resume"):
         if not out.is_dir():
@@ -196,11 +203,13 @@ def resolve(parser, argv=None):
         saved = {k: v for k, v in saved.items() if k in defaults}
     elif out.exists() and int(os.environ.get("RANK", 0)) == 0 and not given.get("cache_latents"):
         raise FileExistsError(f"{out} exists; --resume continues it, another --out leaves it as it is")
-    preset = METHODS[saved.get("method", method) if "method" not in given else method]
+    method = given.get("method", saved.get("method", method))
+    preset = METHODS[method]
     align = given.get("align") or preset["align"]
-    if align != preset["align"] and preset in (METHODS["irepa"], METHODS["repa"], METHODS["sit"]):
+    if align != preset["align"] and method in ("irepa", "repa", "sit"):
         raise ValueError(f"--align {align} is for other methods; of SiT say --method irepa, repa or sit")
-    args = argparse.Namespace(**{**defaults, **ALIGN[align], **preset, **demo, **saved, **given, "out": str(out)})
+    preset = {**ALIGN[align], **ALIGN_OF.get((method, align), {}), **preset, "align": align}
+    args = argparse.Namespace(**{**defaults, **preset, **demo, **saved, **given, "out": str(out)})
     if args.vae is None:
         args.vae = "none" if args.demo or args.image_size < 128 else "sd-vae-ft-mse"
     if args.vae == "none" and (args.latents or args.cache_latents or args.latent_stats):
@@ -211,7 +220,7 @@ def resolve(parser, argv=None):
         raise ValueError("--cache-latents writes to a folder of its own: name it with --out")
     positive = "image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
     for name in positive:
-        if not 0 < getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:  # --clip none
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in "proj_coeff gamma sample_cfg warmup workers sample_every seed".split():
         value = getattr(args, name)
@@ -221,7 +230,7 @@ def resolve(parser, argv=None):
         raise ValueError(f"--seed must be below 2^63, not {args.seed}")
     if checkpoint and checkpoint["step"] >= args.steps and not given.get("cache_latents"):
         raise ValueError(f"{out} is at step {checkpoint['step']} already, and --steps is {args.steps}: nothing to do")
-    if not all(0 <= value < 1 for value in (args.class_dropout, args.ema, args.beta2)):
+    if not all(0 <= share < 1 for share in (args.class_dropout, args.ema, args.beta2)):
         raise ValueError("--class-dropout, --ema and --beta2 lie in [0, 1)")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (world * args.accumulate):
@@ -235,7 +244,8 @@ def network(args, spec=None, num_classes=1000, encoder_dim=1):
     """The Config that the flags ask for. ValueError where they do not fit together."""
     method = method_named(args.method)
     Config = method.Config
-    sampler_settings(method, args.method, cfg=args.sample_cfg if args.sample_cfg != 1 else None)
+    if args.sample_cfg != 1 and "cfg" not in sampler_settings(method, args.method):
+        raise ValueError(f"--method {args.method} has no --sample-cfg: its guidance is trained in")
     factor, channels = (spec["factor"], spec["channels"]) if spec else (8, 4) if args.vae != "none" else (1, 3)
     if args.image_size % factor:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of the VAE's factor {factor}")
@@ -265,8 +275,8 @@ def network(args, spec=None, num_classes=1000, encoder_dim=1):
 def same_run(args, config, data, spec, checkpoint):
     """ValueError where a checkpoint belongs to another network, other data or other latents than what is asked."""
     old, new = dict(checkpoint["config"]), dataclasses.asdict(config)
-    for key in "method encoder seed batch_size".split():
-        old[key], new[key] = checkpoint["settings"][key], getattr(args, key)
+    for key in "method align encoder seed batch_size".split():
+        old[key], new[key] = checkpoint["settings"].get(key, getattr(args, key)), getattr(args, key)
     old.update(classes=checkpoint["classes"], images=checkpoint["images"])
     new.update(classes=data.classes, images=len(data))
     for key in old:
@@ -566,7 +576,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
                     losses = method.loss(wrapped, x, labels, target, config, generator, part=(i, parts))
                 (losses["loss"] / args.accumulate).backward()
             sums[:3] += torch.stack([losses[k].detach() for k in ("loss", "denoise", "align")]) / args.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(params, math.inf if args.clip is None else args.clip)
         # a non-finite gradient must not reach weights or EMA: the fused step skips itself on the device, so that
         # nobody has to wait for the number
         opt.found_inf = (~torch.isfinite(norm)).float()

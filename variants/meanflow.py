@@ -28,13 +28,14 @@ SDPBackend.MATH, which holds the T x T attention, and not through torch.compile.
 rows with r < t alone, which are a quarter.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import irepa
-from irepa import SiT, TimestepEmbedder, alignment_loss, interpolate, spatial_norm
+from irepa import SiT, TimestepEmbedder, check, draws, interpolate, with_alignment
 from sample import state
 
 
@@ -54,13 +55,10 @@ class Config(irepa.Config):
     def __post_init__(self):
         super().__post_init__()
         self.guidance_interval = low, high = tuple(self.guidance_interval)
-        for name in "share omega kappa".split():
-            if not 0 <= getattr(self, name) < (1.0001 if name == "share" else float("inf")):
-                raise ValueError(f"{name} cannot be {getattr(self, name)}")
-        if not 0 <= self.kappa < 1:
-            raise ValueError(f"kappa lies in [0, 1), not {self.kappa}")
-        if not low <= high:
-            raise ValueError(f"guidance_interval {low} {high} is empty")
+        check(0 <= self.share <= 1, f"share lies in [0, 1], not {self.share}")
+        check(0 <= self.kappa < 1, f"kappa lies in [0, 1), not {self.kappa}")
+        check(math.isfinite(self.omega), f"omega must be finite, not {self.omega}")
+        check(low <= high, f"guidance_interval has LO <= HI, not {low} {high}")
 
 
 class MeanFlow(SiT):
@@ -149,30 +147,19 @@ def meanflow_loss(model, x, y, target, config, generator=None, part=(0, 1)):
     A dict of scalars: loss, denoise, align. With power 1 the weighted part always prints nearly 1, so that `denoise`
     is the mean squared error itself, of u against its target.
     """
-    (i, n), size = part, len(x)
-    device = generator.device if generator is not None else x.device
-
-    def draw(sample, *shape):
-        whole = sample(n * size, *shape, generator=generator, device=device)
-        return whole[i * size : (i + 1) * size].to(x.device)
-
+    draw = draws(x, generator, part)
     normals, noise = draw(torch.randn, 2), draw(torch.randn, *x.shape[1:])
     if model.training:
         y = torch.where(draw(torch.rand) < config.class_dropout, config.num_classes, y)
-    t, r, rows = draw_times(normals, i * size, config)
+    t, r, rows = draw_times(normals, part[0] * len(x), config)
     z, v = interpolate(x, noise, t, config.path)
     net = getattr(model, "module", model)  # DDP knows no forward mode, and the target needs none of its gradients
     v = guided_velocity(net, z, t, y, v, config)
     u_target = average_target(net, z, t, r, y, v, rows)
     u, tokens = model(z, t, y, r)
     squares = (u.float() - u_target).square().flatten(1)  # (B, C*H*W)
-    loss, denoise = weighted(squares.sum(1), config).mean(), squares.mean()
-    if not config.projector:
-        return dict(loss=loss, denoise=denoise, align=torch.zeros_like(denoise))
-    if config.gamma is not None:
-        target = spatial_norm(target, config.gamma)
-    align = alignment_loss(tokens, target)
-    return dict(loss=loss + config.proj_coeff * align, denoise=denoise, align=align)
+    losses = with_alignment(weighted(squares.sum(1), config).mean(), tokens, target, config)
+    return {**losses, "denoise": squares.mean()}
 
 
 def weighted(squares, config):
