@@ -40,7 +40,7 @@ from inputs.images import line
 from inputs.latents import SPEC, decode, load_vae, lock, read_pt, same_spec, write_whole
 from irepa import SIZES, Config, SiT, irepa_loss, path_coefficients
 
-VARIANTS = ("jit",)  # the files of variants/
+VARIANTS = ("jit", "meanflow")  # the files of variants/
 
 # ---------------------------------------------------------------------------------------------------------------
 # Velocity -> samples

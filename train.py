@@ -27,6 +27,7 @@ METHODS = {
     "sit": dict(align="none"),
     # lr and warm-up are JiT's 5e-5 a batch of 256 and 5 epochs of ImageNet
     "jit": dict(align="irepa", model="JiT-B/16", vae="none", lr=5e-5, beta2=0.95, clip=None, warmup=25_000),
+    "meanflow": dict(align="irepa", model="SiT-B/2", beta2=0.95),
 }
 # --align: likewise
 ALIGN = {
@@ -43,7 +44,10 @@ DEMO = dict(
     ckpt_every=600, sample_cfg=3.0, out="runs/demo",
 )  # fmt: skip
 # what is otherwise in the demo of another method
-DEMO_OF = {"jit": dict(model="JiT-S/4", steps=900, sample_every=300, ckpt_every=300, out="runs/jit-demo")}
+DEMO_OF = {
+    "jit": dict(model="JiT-S/4", steps=900, sample_every=300, ckpt_every=300, out="runs/jit-demo"),
+    "meanflow": dict(omega=2.0, kappa=0.0, sample_cfg=1.0, out="runs/meanflow-demo"),
+}
 
 
 def build_parser():
@@ -62,13 +66,23 @@ def build_parser():
         return parse
 
     add = parser.add_argument_group("method (presets: --method)").add_argument
-    add("--method", default="irepa", choices=METHODS, help="irepa: conv, spatial norm; repa: mlp; sit: none; or jit")
+    add(
+        "--method",
+        default="irepa",
+        choices=METHODS,
+        help="irepa: conv, spatial norm; repa: mlp; sit: none; or a file of variants",
+    )
     add("--align", choices=ALIGN, help="the same for the other methods, by default irepa")
     add("--projector", type=optional(str), default="conv", help="conv, mlp, linear or none")
     add("--kernel-size", type=int, default=3, help="of the conv projector")
     add("--gamma", type=optional(float), default=0.6, help="of the spatial norm of the teacher's tokens, or none")
     add("--proj-coeff", type=float, default=1.0, help="weight of the alignment in the loss")
     add("--encoder-depth", type=int, help="align after this block; by size: 4 for S and B, 8 for L and XL")
+    add("--omega", type=float, help="of meanflow: guidance baked in, of the effective scale omega / (1 - kappa)")
+    add(
+        "--kappa", type=float, help="of meanflow: the part of it that comes from the network's own conditional velocity"
+    )
+    add("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="of meanflow: guide for t in [LO, HI]")
     add = parser.add_argument_group("teacher").add_argument
     add("--encoder", default="hog", help="hog or sift (no weights), a name of --list-encoders, timm:<any ViT>")
     add("--encoder-weights", metavar="FILE", help="local weights instead of a download; 'random' is for tests only")
@@ -267,7 +281,10 @@ def read_last(out):
 
 def network(args, spec=None, num_classes=1000, encoder_dim=1):
     """The Config that the flags ask for. ValueError where they do not fit together."""
-    Config = method_named(args.method).Config
+    method = method_named(args.method)
+    Config = method.Config
+    if args.sample_cfg != 1 and "cfg" not in sampler_settings(method, args.method):
+        raise ValueError(f"--method {args.method} has no --sample-cfg: its guidance is trained in")
     factor, channels = (spec["factor"], spec["channels"]) if spec else (8, 4) if args.vae != "none" else (1, 3)
     if args.image_size % factor:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of the VAE's factor {factor}")
@@ -279,7 +296,9 @@ def network(args, spec=None, num_classes=1000, encoder_dim=1):
             fields[name] = getattr(args, name)
         elif getattr(args, name) != build_parser().get_default(name):
             raise ValueError(f"--method {args.method} has no --{name.replace('_', '-')}")
-    for name in "encoder_depth hidden_size depth num_heads".split():
+    for name in "encoder_depth hidden_size depth num_heads omega kappa guidance_interval".split():
+        if getattr(args, name) is not None and name not in has:
+            raise ValueError(f"--method {args.method} has no --{name.replace('_', '-')}")
         if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
     config = Config.named(args.model, **fields)
