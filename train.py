@@ -18,6 +18,7 @@ import sys
 
 # --method: presets over the flags of the same names
 METHODS = {"irepa": dict(align="irepa"), "repa": dict(align="repa"), "sit": dict(align="none")}
+METHODS["repa_e"] = dict(align="irepa")
 # --align: likewise
 ALIGN = {
     "irepa": dict(projector="conv", kernel_size=3, gamma=0.6, proj_coeff=1.0),
@@ -30,6 +31,8 @@ DEMO = dict(
     lr=2e-3, warmup=100, lr_schedule="cosine", ema=0.998, ema_warmup=True, log_every=50, sample_every=600,
     ckpt_every=600, sample_cfg=3.0, out="runs/demo",
 )  # fmt: skip
+# and what other methods change in it
+DEMOS = {"repa_e": dict(model="SiT-S/1", vae="tiny", lpips="none", disc_width=16, out="runs/repa-e-demo")}
 
 
 def build_parser():
@@ -48,7 +51,12 @@ def build_parser():
         return parse
 
     add = parser.add_argument_group("method (presets: --method)").add_argument
-    add("--method", default="irepa", choices=METHODS, help="irepa: conv, spatial norm; repa: mlp; sit: no alignment")
+    add(
+        "--method",
+        default="irepa",
+        choices=METHODS,
+        help="irepa: conv, spatial norm; repa: mlp; sit: no alignment; repa_e",
+    )
     add("--align", choices=ALIGN, help="the same for the other methods")
     add("--projector", type=optional(str), default="conv", help="conv, mlp, linear or none")
     add("--kernel-size", type=int, default=3, help="of the conv projector")
@@ -74,12 +82,19 @@ def build_parser():
     add("--skip-broken", action="store_true", help="leave out, and list, images that cannot be decoded")
     add("--workers", type=int, help="decoding processes a rank; by default none where images are kept in memory")
     add = parser.add_argument_group("latents").add_argument
-    add("--vae", help="sd-vae-ft-mse (from 128 px up), sd-vae-ft-ema, a folder or file of one, or none: pixels")
+    add(
+        "--vae",
+        help="sd-vae-ft-mse (from 128 px up), sd-vae-ft-ema, a folder or file of one, or none: pixels; tiny: of repa_e",
+    )
     add("--vae-weights", choices=("random",), help="instead of the VAE's own, for tests only")
     add("--vae-precision", default="fp32", choices=("fp32", "bf16"), help="of the VAE's encoder and decoder")
     add("--latent-stats", metavar="FILE", help="scale and bias of each channel, as the release's .pt has them")
     add("--latents", metavar="DIR", help="cache of --data's latents; without it the VAE encodes in each step, slowly")
     add("--cache-latents", action="store_true", help="write that cache to --out, and leave; goes on where it stopped")
+    add = parser.add_argument_group("the VAE's training, of --method repa_e").add_argument
+    add("--lpips", metavar="FILE", help="torchvision's VGG16 weights for the perceptual loss, or none: without it")
+    add("--vae-proj-coeff", type=float, default=1.5, help="weight of the alignment in the VAE's loss")
+    add("--disc-width", type=int, default=64, help="channels of the discriminator's first layer")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=400_000, help="optimiser steps")
     add("--batch-size", type=int, default=256, help="global: over all processes and accumulated parts")
@@ -114,6 +129,7 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 
 import copy  # noqa: E402
 import dataclasses  # noqa: E402
+import importlib  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
@@ -152,7 +168,7 @@ def resolve(parser, argv=None):
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, parser))))
     given = {k: v for k, v in given.items() if v is not parser}  # what the user wrote
-    demo = DEMO if given.get("demo") else {}
+    demo = {**DEMO, **DEMOS.get(given.get("method"), {})} if given.get("demo") else {}
     if demo and ("data" in given or given.get("cache_latents")):
         raise ValueError("--demo draws its own images: leave --data and --cache-latents out, or --demo")
     if demo and "model" in given:  # a size asked for by name is that size
@@ -177,9 +193,10 @@ def resolve(parser, argv=None):
         saved = {k: v for k, v in saved.items() if k in defaults}
     elif out.exists() and int(os.environ.get("RANK", 0)) == 0 and not given.get("cache_latents"):
         raise FileExistsError(f"{out} exists; --resume continues it, another --out leaves it as it is")
-    preset = METHODS[saved.get("method", method) if "method" not in given else method]
+    method = method if "method" in given else saved.get("method", method)
+    preset = METHODS[method]
     align = given.get("align") or preset["align"]
-    if align != preset["align"] and preset in (METHODS["irepa"], METHODS["repa"], METHODS["sit"]):
+    if align != preset["align"] and method in ("irepa", "repa", "sit"):
         raise ValueError(f"--align {align} is for other methods; of SiT say --method irepa, repa or sit")
     args = argparse.Namespace(**{**defaults, **ALIGN[align], **preset, **demo, **saved, **given, "out": str(out)})
     if args.vae is None:
@@ -190,11 +207,14 @@ def resolve(parser, argv=None):
         )
     if args.cache_latents and not given.get("out"):
         raise ValueError("--cache-latents writes to a folder of its own: name it with --out")
-    positive = "image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
+    for name in ("lpips", "vae_proj_coeff", "disc_width"):
+        if method != "repa_e" and (name in given or args.vae == "tiny"):
+            raise ValueError(f"--{name.replace('_', '-')} and --vae tiny are for --method repa_e")
+    positive = "disc_width image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
     for name in positive:
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in "proj_coeff gamma sample_cfg warmup workers sample_every seed".split():
+    for name in "proj_coeff vae_proj_coeff gamma sample_cfg warmup workers sample_every seed".split():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and (value >= 0 or isinstance(value, float))):
             raise ValueError(f"--{name.replace('_', '-')} must be finite, and a count not negative; it is {value}")
@@ -397,7 +417,9 @@ def main(argv=None):
             network(args)  # what does not fit together is said before anything slow
         device = pick_device(args.device)
         first = int(os.environ.get("RANK", 0)) == 0
-        latent = None
+        loop, latent = train, None
+        if args.method == "repa_e":  # which has one of its own, for three optimisers
+            loop = importlib.import_module("variants.repa_e").loop(args, device)
         if args.vae != "none":
             bf16 = args.vae_precision == "bf16"
             latent = load_vae(args.vae, args.vae_weights, args.latent_stats, device, bf16)
@@ -432,7 +454,7 @@ def main(argv=None):
         if args.encoder_weights == "random" and teacher:
             print("warning: the teacher's weights are random; this is for tests only")
     try:
-        train(args, config, data, teacher, latent, device, checkpoint)
+        loop(args, config, data, teacher, latent, device, checkpoint)
     except (BrokenImage, FloatingPointError) as e:
         parser.error(last_line(e))
 
