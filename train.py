@@ -32,7 +32,12 @@ DEMO = dict(
     ckpt_every=600, sample_cfg=3.0, out="runs/demo",
 )  # fmt: skip
 # and what other methods change in it
-DEMOS = {"repa_e": dict(model="SiT-S/1", vae="tiny", lpips="none", disc_width=16, out="runs/repa-e-demo")}
+DEMOS = {
+    "repa_e": dict(
+        model="SiT-S/1", vae="tiny", lpips="none", disc_width=16, hidden_size=128, num_heads=4, batch_size=16,
+        steps=1500, sample_every=750, ckpt_every=750, out="runs/repa-e-demo",
+    )
+}  # fmt: skip
 
 
 def build_parser():

@@ -27,7 +27,7 @@ SD_VAE = dict(
 # for --method repa_e, which trains it: 32 px make 8 x 8 x 4
 TINY_VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4,
-    block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8,
+    block_out_channels=[16, 32, 32], layers_per_block=1, norm_num_groups=8,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
