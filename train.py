@@ -34,8 +34,8 @@ DEMO = dict(
 # and what other methods change in it
 DEMOS = {
     "repa_e": dict(
-        model="SiT-S/1", vae="tiny", lpips="none", disc_width=16, hidden_size=128, num_heads=4, batch_size=16,
-        steps=1500, sample_every=750, ckpt_every=750, out="runs/repa-e-demo",
+        model="SiT-S/1", vae="tiny", lpips="none", disc_width=16, gan_coeff=0.01, hidden_size=128, num_heads=4, batch_size=16,
+        steps=1200, sample_every=600, out="runs/repa-e-demo",
     )
 }  # fmt: skip
 
@@ -99,6 +99,7 @@ def build_parser():
     add = parser.add_argument_group("the VAE's training, of --method repa_e").add_argument
     add("--lpips", metavar="FILE", help="torchvision's VGG16 weights for the perceptual loss, or none: without it")
     add("--vae-proj-coeff", type=float, default=1.5, help="weight of the alignment in the VAE's loss")
+    add("--gan-coeff", type=float, default=0.1, help="weight of the discriminator in the VAE's loss")
     add("--disc-width", type=int, default=64, help="channels of the discriminator's first layer")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=400_000, help="optimiser steps")
@@ -212,14 +213,14 @@ def resolve(parser, argv=None):
         )
     if args.cache_latents and not given.get("out"):
         raise ValueError("--cache-latents writes to a folder of its own: name it with --out")
-    for name in ("lpips", "vae_proj_coeff", "disc_width"):
+    for name in "lpips vae_proj_coeff gan_coeff disc_width".split():
         if method != "repa_e" and (name in given or args.vae == "tiny"):
             raise ValueError(f"--{name.replace('_', '-')} and --vae tiny are for --method repa_e")
     positive = "disc_width image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
     for name in positive:
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in "proj_coeff vae_proj_coeff gamma sample_cfg warmup workers sample_every seed".split():
+    for name in "proj_coeff vae_proj_coeff gan_coeff gamma sample_cfg warmup workers sample_every seed".split():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and (value >= 0 or isinstance(value, float))):
             raise ValueError(f"--{name.replace('_', '-')} must be finite, and a count not negative; it is {value}")
@@ -267,8 +268,9 @@ def network(args, spec=None, num_classes=1000, encoder_dim=1):
 def same_run(args, config, data, spec, checkpoint):
     """ValueError where a checkpoint belongs to another network, other data or other latents than what is asked."""
     old, new = dict(checkpoint["config"]), dataclasses.asdict(config)
-    for key in "method encoder seed batch_size".split():
-        old[key], new[key] = checkpoint["settings"][key], getattr(args, key)
+    for key in "method encoder seed batch_size align lpips vae_proj_coeff gan_coeff disc_width".split():
+        new[key] = getattr(args, key)
+        old[key] = checkpoint["settings"].get(key, new[key])  # older runs lack some
     old.update(classes=checkpoint["classes"], images=checkpoint["images"])
     new.update(classes=data.classes, images=len(data))
     for key in old:

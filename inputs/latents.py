@@ -27,7 +27,7 @@ SD_VAE = dict(
 # for --method repa_e, which trains it: 32 px make 8 x 8 x 4
 TINY_VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4,
-    block_out_channels=[16, 32, 32], layers_per_block=1, norm_num_groups=8,
+    block_out_channels=[16, 16, 32], layers_per_block=1, norm_num_groups=8,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -51,6 +51,8 @@ def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
         if weights == "random" or name == "tiny":
             torch.manual_seed(0)
             vae, missing = AutoencoderKL(**(TINY_VAE if name == "tiny" else SD_VAE)), []
+            if name == "tiny":  # begins with a narrow posterior: to learn one takes many steps
+                torch.nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -6)
         elif os.path.isfile(name):
             found = {fingerprint(v) for v in tensors(name)}  # diffusers leaves random what the file lacks
             with tempfile.TemporaryDirectory() as folder:  # without a config at hand diffusers asks the hub for one

@@ -44,7 +44,7 @@ from inputs.teachers import fast_bf16
 from irepa import Config, alignment_loss, interpolate, irepa_loss, spatial_norm
 from sample import sampler, save_grid, seeded, start_ranks, to_uint8, versions
 
-L1, LPIPS, KL, GAN = 1.0, 1.0, 1e-6, 0.1  # weights of the VAE's own losses, constant from the first step
+L1, LPIPS, KL = 1.0, 1.0, 1e-6  # weights in the VAE's loss, beside --gan-coeff and --vae-proj-coeff
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -162,10 +162,10 @@ def frozen_alignment(model, z, y, target, config, generator, part=(0, 1)):
     return alignment_loss(model.tokens(x_t, t, y), target)
 
 
-def vae_loss(model, vae, disc, x, y, target, config, coeff, perceptual, noise, twin, part=(0, 1)):
+def vae_loss(model, vae, disc, x, y, target, config, coeffs, perceptual, noise, twin, part=(0, 1)):
     """-> (dict of scalars: loss, l1, lpips, kl, gan, vae_align; z; the reconstruction of x) (REPA-E, eq. 3).
 
-    x [B, 3, H, W] in [-1, 1]; target as in irepa_loss. coeff weighs the alignment, perceptual is load_lpips's.
+    x [B, 3, H, W] in [-1, 1]; target as in irepa_loss. coeffs weigh alignment and GAN, perceptual is load_lpips's.
     noise draws the posterior's sample, twin what frozen_alignment takes.
     """
     z, kl = posterior(vae, x, noise, part)
@@ -177,7 +177,7 @@ def vae_loss(model, vae, disc, x, y, target, config, coeff, perceptual, noise, t
         l1 = (x - recon).abs().mean()
         lpips = perceptual(x, recon).mean() if perceptual else zero
         gan = -disc(recon).mean()
-    total = L1 * l1 + LPIPS * lpips + KL * kl + GAN * gan + coeff * align
+    total = L1 * l1 + LPIPS * lpips + KL * kl + coeffs[0] * align + coeffs[1] * gan
     return dict(loss=total, l1=l1, lpips=lpips, kl=kl, gan=gan, vae_align=align), z, recon
 
 
@@ -329,6 +329,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None, *, perce
         names = ["images", "reconstructed"] * (len(x) // columns)
         save_grid(to_uint8(torch.cat([row for pair in rows for row in pair])), names, path)
 
+    coeffs = args.vae_proj_coeff, args.gan_coeff
     sums, skipped, since, clock = (
         torch.zeros(len(MEANS), device=device),
         torch.zeros((), device=device),
@@ -346,7 +347,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None, *, perce
         noise, twin, again = (seeded(args.seed, 2 * step + k, device) for k in (0, 1, 1))
         with autocast:
             losses, z, recon = vae_loss(
-                model, vae, disc, x, labels, target, config, args.vae_proj_coeff, perceptual, noise, twin, part
+                model, vae, disc, x, labels, target, config, coeffs, perceptual, noise, twin, part
             )
         set_gradients(losses.pop("loss"), params["v"])
         losses["disc"] = hinge_loss(disc, x, recon)
