@@ -34,8 +34,8 @@ DEMO = dict(
 # and what other methods change in it
 DEMOS = {
     "repa_e": dict(
-        model="SiT-S/1", vae="tiny", lpips="none", disc_width=16, gan_coeff=0.01, hidden_size=128, num_heads=4, batch_size=16,
-        steps=1200, sample_every=600, out="runs/repa-e-demo",
+        model="SiT-S/1", vae="tiny", lpips="none", gan_coeff=0.01, disc_width=16, hidden_size=128, num_heads=4,
+        batch_size=16, steps=1200, sample_every=600, out="runs/repa-e-demo",
     )
 }  # fmt: skip
 
