@@ -19,14 +19,15 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -36,7 +37,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 from inputs.images import line
-from inputs.latents import decode, load_vae, same_spec, write_whole
+from inputs.latents import SPEC, decode, load_vae, lock, read_pt, same_spec, write_whole
 from irepa import SIZES, Config, SiT, irepa_loss, path_coefficients
 
 VARIANTS = ("repa_e",)  # the files of variants/
@@ -197,7 +198,7 @@ def save_grid(images, names, path):
         grid.paste(tile, (margin + i % columns * cell, i // columns * cell + 2))
     for row, name in enumerate(names):
         draw.text((8, (row + 0.5) * cell), name, fill="black", font=font, anchor="lm")
-    grid.save(path)
+    write_whole(path, lambda f: grid.save(f, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -208,18 +209,18 @@ def read_checkpoint(path):
     """The dict in a .pt file, without executing anything in it. FileNotFoundError, or ValueError saying why not."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the released files hold one
-            # the format before torch 1.6 is no zip, and cannot be mapped
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as e:
-        name = re.search(r"GLOBAL ([\w.]+)", str(e))
-        why = f"it would call {name[1]}" if name else line(e)[:200]
-        raise ValueError(f"{path} is refused: it is no checkpoint, or would run code when loaded ({why})") from e
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as e:
-        raise ValueError(f"{path} is damaged or not a checkpoint ({line(e)[:200]})") from e
+    data = read_pt(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}, not a checkpoint")
+    spec, names, step = data.get("latent"), data.get("classes"), data.get("step", data.get("steps", 0))
+    if "settings" in data:  # ours: what lies beside the weights is used, too
+        kinds = all(isinstance(data.get(k, {}), dict) for k in ("settings", "config"))
+        if not kinds or not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{path} is damaged: its settings, config or classes are not what train.py writes")
+        if spec is not None and not (isinstance(spec, dict) and {*SPEC} <= spec.keys()):
+            raise ValueError(f"{path} is damaged: its latent entry is not a VAE's name, hash, channels, scale and bias")
+    if not isinstance(step, int):
+        raise ValueError(f"{path} is damaged: its step is {step!r}, not a number")
     return data
 
 
@@ -377,11 +378,15 @@ def pick_device(name):
     return device
 
 
-def start_ranks(device):
-    """(rank, world size); joins the process group when torchrun started us: nccl on GPUs, else gloo."""
+def start_ranks(device, minutes):
+    """(rank, world size); joins the process group when torchrun started us: nccl on GPUs, else gloo.
+
+    A process that waits for another longer than `minutes` gives up: torchrun sees one that dies, not one that hangs.
+    """
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
+    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -458,12 +463,13 @@ def write_npz(path, chunks, shape, labels):
 
 
 def begin(parts, record):
-    """Make the folder of unfinished work, or find that it is of the same settings. ValueError where it is not."""
+    """Make the folder of unfinished work, or find that it is of the same settings, and hold it. ValueError if not."""
     spelling = "ckpt device npz vae vae_weights latent_stats".split()  # what they name is in `latent` and the hash
     same = {k: v for k, v in record.items() if k not in spelling}
     same = json.loads(json.dumps(same))  # tuples become lists
     parts.mkdir(parents=True, exist_ok=True)
-    if not {file.name for file in parts.iterdir()} - {"settings.json.tmp"}:
+    held = lock(parts)
+    if not {file.name for file in parts.iterdir()} - {"settings.json.tmp", ".lock"}:
         write_whole(parts / "settings.json", lambda f: f.write(json.dumps(same).encode()))
     try:
         found = json.loads((parts / "settings.json").read_text())
@@ -476,19 +482,20 @@ def begin(parts, record):
                 f"{parts} holds unfinished samples with {key} {found.get(key)}, not {same[key]}: delete it, or use"
                 " another name"
             )
+    return held
 
 
 def holds(chunk, count):
     """Whether a part file is there and whole."""
     try:
         return len(np.load(chunk, mmap_mode="r", allow_pickle=False)) == count
-    except (OSError, ValueError, EOFError):  # cut short by a full or failing disk: made again
+    except Exception:  # not there, or cut short by a full or failing disk, where numpy raises anything: made again
         return False
 
 
 def write_samples(args, model, draw, settings, latent, target, rows, record, device):
     """The images of this process, batch by batch; the first process then makes one file of them, and the JSON."""
-    rank, world = start_ranks(device)
+    rank, world = start_ranks(device, 24 * 60)  # the first to finish waits for the last
     config = model.to(device).config
     parts = Path(f"{target}.parts")
     if args.out_dir and rank == 0:
@@ -532,7 +539,7 @@ def write_samples(args, model, draw, settings, latent, target, rows, record, dev
         text = json.dumps({**record, **versions()}, indent=1) + "\n"
         write_whole(beside(target), lambda f: f.write(text.encode()))
         if not args.out_dir:  # last, so that what bears the name is complete
-            os.replace(parts / f"whole{target.suffix}", target)
+            os.replace(parts / ("whole.npz" if args.npz else "whole.png"), target)
             shutil.rmtree(parts)
         print(f"{args.num} images in {target}, every setting in {beside(target)}")
     if world > 1:
@@ -561,7 +568,6 @@ def main(argv=None):
         vars(args).update(settings)
         latent = find_vae(args, data, model, device)
         names, step = data.get("classes"), data.get("step", data.get("steps"))
-        step = step if step is None else int(step)
         rows = None
         if args.npz or args.out_dir:
             target = Path(args.npz or args.out_dir)
@@ -593,16 +599,19 @@ def main(argv=None):
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         record = dict(vars(args), step=step, checkpoint_sha256=digest, config=asdict(config))
         record["latent"] = latent[1] if latent else None
-        if rank == 0 and not args.out_dir:
-            begin(parts, record)
+        held = begin(parts, record) if rank == 0 and not args.out_dir else nullcontext()
     except (ValueError, OSError) as e:
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
         parser.error(line(e))
     try:
-        write_samples(args, model, method.sampler, settings, latent, target, rows, record, device)
+        with held:
+            write_samples(args, model, method.sampler, settings, latent, target, rows, record, device)
     except (FloatingPointError, OSError) as e:
         parser.error(line(e))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
