@@ -608,6 +608,29 @@ def append(log, row):
         f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
 
+def open_log(out, record, resumed):
+    """Write the run's settings, cut the log to the `resumed` step (None: a new run) -> the log's path."""
+    name = "config.json" if resumed is None else f"config-from-step-{resumed}.json"
+    write_whole(out / name, lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
+    log = out / "log.jsonl"
+    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+    # later ones come again, and a half-written one
+    kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= (resumed or 0)]
+    write_whole(log, lambda f: f.write("".join(kept).encode()))
+    return log
+
+
+def save_checkpoint(out, state, keep):
+    """out/last.pt, and its numbered names, of which the newest `keep` stay."""
+    write_whole(out / "last.pt", lambda f: torch.save(state, f))
+    if keep:  # a second name of the same file costs nothing until last.pt is another
+        numbered = out / f"step-{state['step']:07d}.pt"
+        numbered.unlink(missing_ok=True)
+        os.link(out / "last.pt", numbered)
+        for old in sorted(out.glob("step-*.pt"))[:-keep]:
+            old.unlink()
+
+
 def train(args, config, data, teacher, latent, device, checkpoint=None):
     rank, world = start_ranks(device, 30)
     atexit.register(kill_workers)
@@ -654,13 +677,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
         record = dict(vars(args), **versions(), config=dataclasses.asdict(config), classes=data.classes)
         record.update(hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         record.update(world_size=world, bf16=bf16, images=len(data), parameters=sum(p.numel() for p in params))
-        name = f"config-from-step-{start}.json" if checkpoint else "config.json"
-        write_whole(out / name, lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
-        log = out / "log.jsonl"
-        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= start]
-        # later ones come again, and a half-written one
-        write_whole(log, lambda f: f.write("".join(kept).encode()))
+        log = open_log(out, record, start if checkpoint else None)
         was = checkpoint and (checkpoint.get("processes", 1), checkpoint["settings"]["accumulate"])
         if checkpoint and was != (world, args.accumulate):
             print(
@@ -676,13 +693,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
         state = dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, seconds=seconds)
         state.update(config=dataclasses.asdict(config), settings=vars(args), classes=data.classes, images=len(data))
         state.update(latent=latent[1] if latent else None, processes=world)
-        write_whole(out / "last.pt", lambda f: torch.save(state, f))
-        if args.keep:  # a second name of the same file costs nothing until last.pt is another
-            numbered = out / f"step-{step:07d}.pt"
-            numbered.unlink(missing_ok=True)
-            os.link(out / "last.pt", numbered)
-            for old in sorted(out.glob("step-*.pt"))[: -args.keep]:
-                old.unlink()
+        save_checkpoint(out, state, args.keep)
 
     cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" and world > 1 else None
     sums, since, clock, run, saved = torch.zeros(4, device=device), start, time.time(), 0, True
