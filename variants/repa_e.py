@@ -24,10 +24,12 @@ coefficient is iREPA's 1.0 (REPA-E: 0.5), the VAE's stays 1.5; bn starts from th
 file; LPIPS takes its images in [-1, 1] once (the release's first version scaled them twice).
 """
 
+import atexit
 import copy
 import dataclasses
 import functools
-import json
+import math
+import sys
 import time
 from pathlib import Path
 
@@ -39,7 +41,7 @@ from tqdm import tqdm
 
 import irepa
 from inputs.images import line, workers_for
-from inputs.latents import write_whole
+from inputs.latents import read_pt
 from inputs.teachers import fast_bf16
 from irepa import Config, alignment_loss, interpolate, irepa_loss, spatial_norm
 from sample import sampler, save_grid, seeded, start_ranks, to_uint8, versions
@@ -119,7 +121,7 @@ def load_lpips(weights, device):
         raise ValueError(f"--lpips takes the package: pip install lpips, or --lpips none ({e})") from e
     try:
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = read_pt(weights)
         net.net.load_state_dict({k: state[f"features.{k.split('.', 1)[1]}"] for k in net.net.state_dict()})
     except Exception as e:  # pickle, key and shape errors have no common class
         raise ValueError(f"--lpips {weights} does not hold torchvision's VGG16 ({line(e)[:200]}): {hint}") from e
@@ -247,125 +249,131 @@ def loop(args, device):
 MEANS = "loss denoise align l1 lpips kl gan vae_align disc grad_norm grad_norm_vae grad_norm_disc".split()
 
 
-def train(args, config, data, teacher, latent, device, checkpoint=None, *, perceptual):
-    from train import batches, draw_samples, held_out_loss, on, plot, refuse_skipped, split  # which is on its way here
+@torch.no_grad()
+def measure(bn, vae, images):
+    """Set bn's running statistics to those of the latents of images, uint8 [B, 3, H, W]."""
+    z = torch.cat([posterior(vae, x.float() / 127.5 - 1, seeded(0, 0, x.device))[0] for x in images.split(16)])
+    var, mean = torch.var_mean(z, dim=(0, 2, 3))
+    bn.running_var.copy_(var)
+    bn.running_mean.copy_(mean)
 
-    rank, world = start_ranks(device)
-    out, part = Path(args.out), (rank, world)
+
+@torch.no_grad()
+def draw_reconstructions(vae, x, path):
+    """Rows of eight images x [B, 3, H, W] in [-1, 1], and below each row what the VAE makes of it."""
+    columns = min(8, len(x))
+    count = len(x) // columns
+    pairs = zip(x[: count * columns].split(columns), vae.decode(vae.encode(x).latent_dist.mean).sample.split(columns))
+    save_grid(to_uint8(torch.cat([row for pair in pairs for row in pair])), ["images", "reconstructed"] * count, path)
+
+
+def train(args, config, data, teacher, latent, device, checkpoint=None, *, perceptual):
+    import train as base  # which loads this file
+
+    rank, world = start_ranks(device, 30)
+    atexit.register(base.kill_workers)
+    out, part, coeffs = Path(args.out), (rank, world), (args.vae_proj_coeff, args.gan_coeff)
     bf16 = fast_bf16(device) if args.precision == "auto" else args.precision == "bf16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    indices, chunks = base.split(len(data))
 
     torch.manual_seed(args.seed)
+    vae, spec = latent[0].requires_grad_(True), latent[1]
     model, disc = SiT(config).to(device), Discriminator(args.disc_width).to(device)
-    vae = latent[0].requires_grad_(True)
-    indices, chunks = split(len(data))
     if not checkpoint:
-        with torch.no_grad():
-            images = data[indices[:256]][0].to(device)
-            some = [posterior(vae, x.float() / 127.5 - 1, seeded(0, 0))[0] for x in images.split(16)]
-            var, mean = torch.var_mean(torch.cat(some), dim=(0, 2, 3))
-            model.bn.running_var.copy_(var)
-            model.bn.running_mean.copy_(mean)
+        measure(model.bn, vae, data[indices[:256]][0].to(device))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    params = {n: [p for p in net.parameters() if p.requires_grad] for n, net in zip("svd", (model, vae, disc))}
-    opts = {n: torch.optim.AdamW(ps, lr=args.lr, weight_decay=0.0, fused=True) for n, ps in params.items()}
+    nets = dict(model=model, vae=vae, disc=disc)
+    params = {name: [p for p in net.parameters() if p.requires_grad] for name, net in nets.items()}
+    opts = {name: torch.optim.AdamW(ps, lr=args.lr, weight_decay=0.0, fused=True) for name, ps in params.items()}
     parts = dict(model=model, ema=ema, vae=vae, discriminator=disc)
-    parts.update(opt=opts["s"], opt_vae=opts["v"], opt_disc=opts["d"])
+    parts.update(opt=opts["model"], opt_vae=opts["vae"], opt_disc=opts["disc"])
     start, seconds = 0, 0.0
     if checkpoint:
-        for name, item in parts.items():
-            item.load_state_dict(checkpoint[name])
+        for name, part_of in parts.items():
+            part_of.load_state_dict(checkpoint[name])
         start, seconds = checkpoint["step"], checkpoint["seconds"]
     if device.type == "cuda" if args.compile is None else args.compile:
         for block in model.blocks:
             block.compile()
+    # what a step moves without an optimiser, and must not move where its numbers are not finite
+    buffers = [b for net in (model, disc) for b in net.buffers() if b.is_floating_point()]
 
     held = []
     for i, chunk in enumerate(chunks):
         if i % world == rank:
-            images, labels, _ = on(device, data[chunk])
+            images, labels, _ = base.on(device, data[chunk])
             held.append((i, len(chunks), images.float() / 127.5 - 1, labels))
     workers = workers_for(data) if args.workers is None else args.workers
-    feed = torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=batches(indices, args, start, rank, world), num_workers=workers,
-        pin_memory=device.type == "cuda",
+    feed = iter(
+        torch.utils.data.DataLoader(
+            data, batch_size=None, sampler=base.batches(indices, args, start, rank, world), num_workers=workers,
+            pin_memory=device.type == "cuda", worker_init_fn=base.deaf,
+        )
     )  # fmt: skip
 
     if rank == 0:
-        count = {n: sum(p.numel() for p in ps) for n, ps in params.items()}
         record = dict(vars(args), **versions(), config=dataclasses.asdict(config), classes=data.classes)
         record.update(hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
-        record.update(world_size=world, bf16=bf16, images=len(data), parameters=count["s"])
-        record.update(parameters_vae=count["v"], parameters_discriminator=count["d"])
-        name = f"config-from-step-{start}.json" if checkpoint else "config.json"
-        (out / name).write_text(json.dumps(record, indent=1) + "\n")
-        log = out / "log.jsonl"
-        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= start))
+        record.update({f"parameters_{name}": sum(p.numel() for p in ps) for name, ps in params.items()})
+        record.update(world_size=world, bf16=bf16, images=len(data))
+        log = base.open_log(out, record, start if checkpoint else None)
+        sizes = ", ".join(f"{name} {record[f'parameters_{name}'] / 1e6:.1f}M" for name in nets)
         print(
-            f"repa_e on {device}: SiT {count['s'] / 1e6:.1f}M, VAE {count['v'] / 1e6:.1f}M, discriminator"
-            f" {count['d'] / 1e6:.1f}M parameters, {'LPIPS' if perceptual else 'no LPIPS'}, {len(indices)} images in"
+            f"repa_e on {device}: {sizes} parameters, {'LPIPS' if perceptual else 'no LPIPS'}, {len(indices)} images in"
             f" {len(data.classes)} classes, step {start} of {args.steps}"
         )
 
     def save(step):
-        state = {name: item.state_dict() for name, item in parts.items()}
-        state.update(vae_config={k: v for k, v in vae.config.items() if not k.startswith("_")}, latent=latent[1])
+        state = {name: part_of.state_dict() for name, part_of in parts.items()}
+        state.update(vae_config={k: v for k, v in vae.config.items() if not k.startswith("_")}, latent=spec)
         state.update(config=dataclasses.asdict(config), settings=vars(args), classes=data.classes, images=len(data))
-        state.update(step=step, seconds=seconds)
-        write_whole(out / "last.pt", lambda f: torch.save(state, f))
+        base.save_checkpoint(out, dict(state, step=step, seconds=seconds, processes=world), args.keep)
 
-    @torch.no_grad()
-    def held_latents():
-        with autocast:
-            return [(i, n, posterior(vae, x, seeded(0, 1), part=(i, n))[0], y) for i, n, x, y in held]
+    def draw_all(step):
+        samples = out / "samples"
+        base.draw_samples(ema, data, args, (vae, latent_spec(ema, spec)), samples / f"step-{step:07d}.png")
+        draw_reconstructions(vae, held[0][2], samples / f"reconstructions-{step:07d}.png")
 
-    @torch.no_grad()
-    def draw_reconstructions(path):
-        x = held[0][2]
-        columns = min(8, len(x))
-        x = x[: len(x) // columns * columns]
-        rows = zip(x.split(columns), vae.decode(vae.encode(x).latent_dist.mean).sample.split(columns))
-        names = ["images", "reconstructed"] * (len(x) // columns)
-        save_grid(to_uint8(torch.cat([row for pair in rows for row in pair])), names, path)
-
-    coeffs = args.vae_proj_coeff, args.gan_coeff
-    sums, skipped, since, clock = (
-        torch.zeros(len(MEANS), device=device),
-        torch.zeros((), device=device),
-        start,
-        time.time(),
+    cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" and world > 1 else None
+    sums, since, clock, run, saved = torch.zeros(len(MEANS), device=device), start, time.time(), 0, True
+    skips = torch.zeros(args.log_every, device=device)  # 1 for each step since the last log that was not applied
+    bar = tqdm(
+        total=args.steps, initial=start, disable=rank > 0, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30
     )
-    bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit="step", mininterval=0.5 if rank == 0 else 30)
-    for step, batch in enumerate(feed, start):
-        ramp = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-        if args.lr_schedule == "cosine":
-            ramp *= 0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * step / args.steps)))
-        images, labels, _ = on(device, batch)
-        target = teacher(images) if teacher else None
-        x = images.float() / 127.5 - 1
+    for step in range(start, args.steps):
+        images, labels, _ = base.on(device, next(feed))
+        x, target = images.float() / 127.5 - 1, teacher(images) if teacher else None
         noise, twin, again = (seeded(args.seed, 2 * step + k, device) for k in (0, 1, 1))
+        before = [b.clone() for b in buffers]
         with autocast:
             losses, z, recon = vae_loss(
                 model, vae, disc, x, labels, target, config, coeffs, perceptual, noise, twin, part
             )
-        set_gradients(losses.pop("loss"), params["v"])
+        set_gradients(losses.pop("loss"), params["vae"])
         losses["disc"] = hinge_loss(disc, x, recon)
-        set_gradients(losses["disc"], params["d"])
+        set_gradients(losses["disc"], params["disc"])
         model.train()
         with autocast:
             losses.update(loss(model, z.detach(), labels, target, config, again, part))
-        set_gradients(losses["loss"], params["s"])
-        norms = {n: torch.nn.utils.clip_grad_norm_(ps, args.clip) for n, ps in params.items()}
-        losses.update(grad_norm=norms["s"], grad_norm_vae=norms["v"], grad_norm_disc=norms["d"])
-        bad = (~torch.isfinite(norms["s"] + norms["v"] + norms["d"])).float()  # then all three stay as they are
-        skipped += bad
+        set_gradients(losses["loss"], params["model"])
+
+        norms = {name: torch.nn.utils.clip_grad_norm_(ps, args.clip) for name, ps in params.items()}
+        losses.update(grad_norm=norms["model"], grad_norm_vae=norms["vae"], grad_norm_disc=norms["disc"])
+        skips[step - since] = skip = (
+            ~torch.isfinite(sum(norms.values()))
+        ).float()  # then all networks stay as they are
+        ramp = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+        if args.lr_schedule == "cosine":
+            ramp *= 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
         for opt in opts.values():
             opt.param_groups[0]["lr"] = args.lr * ramp
-            opt.found_inf = bad
+            opt.found_inf = skip
             opt.step()
             opt.zero_grad()
-        sums += torch.stack([losses[name].detach() for name in MEANS])
+        for b, old in zip(buffers, before):
+            b.copy_(torch.where(skip > 0, old, b))
+        sums += torch.where(skip > 0, 0, torch.stack([losses[name].detach() for name in MEANS]))
         decay = min(args.ema, (1 + step) / (10 + step)) if args.ema_warmup else args.ema
         moving = [[*net.parameters(), net.bn.running_mean, net.bn.running_var] for net in (ema, model)]
         torch._foreach_lerp_(*moving, 1 - decay)
@@ -376,33 +384,48 @@ def train(args, config, data, teacher, latent, device, checkpoint=None, *, perce
         if done % args.log_every == 0 or done == args.steps:
             if world > 1:
                 dist.all_reduce(sums)
-            row = dict(step=done, **dict(zip(MEANS, (sums / (done - since) / world).tolist())))
+            flags = skips[: done - since].bool().tolist()
+            run = base.refuse_streak(run, since, flags, indices, args, data)
+            means = (sums / max(1, done - since - sum(flags)) / world).tolist()
             elapsed = time.time() - clock
             seconds += elapsed
-            refuse_skipped(skipped, done, out)
-            row.update(held_out=held_out_loss(model, loss, held_latents(), config, autocast, device))
-            row.update(lr=args.lr * ramp, images_per_s=(done - since) * args.batch_size / elapsed, seconds=seconds)
+            with autocast, torch.no_grad():
+                latents = [(i, n, posterior(vae, x, seeded(0, 1, device), (i, n))[0], y) for i, n, x, y in held]
+            row = dict(step=done, **dict(zip(MEANS, means)), lr=args.lr * ramp, seconds=seconds, skipped=sum(flags))
+            row.update(held_out=base.held_out_loss(model, loss, latents, config, autocast, device))
+            row.update(images_per_s=(done - since) * args.batch_size / elapsed)
             if rank == 0:
-                with open(log, "a") as f:
-                    f.write(json.dumps({k: v if k == "step" else float(f"{v:.6g}") for k, v in row.items()}) + "\n")
-            bar.set_postfix_str("{l1:.4f} L1 {denoise:.4f} denoise {align:.4f} align".format(**row))
+                base.warned(lambda: base.append(log, row))
+            bar.set_postfix_str("L1 {l1:.4f} denoise {denoise:.4f} align {align:.4f}".format(**row))
             sums.zero_()
+            skips.zero_()
             since, clock = done, time.time()
+        stop = torch.tensor(len(base.caught))
+        if world > 1:  # all stop after the same step
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)
+        stop = bool(stop) and done < args.steps
+        if stop:
+            seconds += time.time() - clock
         pause = time.time()
-        if done % args.ckpt_every == 0 or done == args.steps:
-            refuse_skipped(skipped, done, out)
-            if rank == 0:
-                save(done)
+        if rank == 0 and (done % args.ckpt_every == 0 or done == args.steps or stop):
+            saved = base.warned(lambda: save(done))
+        if stop:
+            break
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
-            refuse_skipped(skipped, done, out)
-            draw_samples(ema, data, args, (vae, latent_spec(ema, latent[1])), out / "samples" / f"step-{done:07d}.png")
-            draw_reconstructions(out / "samples" / f"reconstructions-{done:07d}.png")
-            plot(out)
+            base.warned(lambda: draw_all(done))
+        if rank == 0 and (done % args.ckpt_every == 0 or done == args.steps):
+            base.warned(lambda: base.plot(out))
         clock += time.time() - pause
     bar.close()
-    if rank == 0:
-        plot(out)
-        cfg = f" --cfg {args.sample_cfg:g}" if args.sample_cfg != 1 else ""
-        print(f"{out}/samples and {out}/curves.png show the run; next: python sample.py --ckpt {out}/last.pt{cfg}")
+    del feed
     if world > 1:
         dist.destroy_process_group()
+    if not saved:
+        raise SystemExit(f"train.py: step {done} could not be saved; {out}/last.pt, if there, is of an earlier step")
+    if stop:
+        if rank == 0:
+            print(f"stopped by a signal after step {done}, saved in {out}/last.pt; --resume --out {out} goes on")
+        raise SystemExit(base.STOPPED)
+    if rank == 0:
+        cfg = f" --cfg {args.sample_cfg:g}" if args.sample_cfg != 1 else ""
+        print(f"{out}/samples and {out}/curves.png show the run; next: python sample.py --ckpt {out}/last.pt{cfg}")
