@@ -40,7 +40,7 @@ from inputs.images import line
 from inputs.latents import SPEC, decode, load_vae, lock, read_pt, same_spec, write_whole
 from irepa import SIZES, Config, SiT, irepa_loss, path_coefficients
 
-VARIANTS = ("jit", "meanflow")  # the files of variants/
+VARIANTS = ("jit", "meanflow", "repa_e")  # the files of variants/
 
 # ---------------------------------------------------------------------------------------------------------------
 # Velocity -> samples
@@ -435,9 +435,13 @@ def beside(target):
     return Path(f"{target.with_suffix('') if target.suffix in ('.npz', '.png') else target}.json")
 
 
-def find_vae(args, data, config, device):
+def find_vae(args, data, model, device):
     """(VAE, spec) that turns the samples into images; None for a model of pixels. ValueError where they do not fit."""
-    spec = data.get("latent")
+    config, spec = model.config, data.get("latent")
+    if method_of(data) == "repa_e":
+        if args.vae or args.vae_weights or args.latent_stats:
+            raise ValueError(f"{args.ckpt} holds its own VAE: leave --vae, --vae-weights and --latent-stats out")
+        return importlib.import_module("variants.repa_e").stored_vae(data, model, device)
     if spec is None and config.in_channels == 3:
         if args.vae not in (None, "none") or args.latent_stats:
             raise ValueError(f"{args.ckpt} makes pixels: leave --vae and --latent-stats out")
@@ -583,7 +587,7 @@ def main(argv=None):
         method, given = method_named(name), {k: getattr(args, k) for k in "sampler steps cfg cfg_interval".split()}
         settings = sampler_settings(method, name, **given)
         vars(args).update(settings)
-        latent = find_vae(args, data, config, device)
+        latent = find_vae(args, data, model, device)
         names, step = data.get("classes"), data.get("step", data.get("steps"))
         rows = None
         if args.npz or args.out_dir:

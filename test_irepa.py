@@ -29,6 +29,7 @@ import inputs.teachers as teachers
 import irepa
 import sample
 import train
+import variants.repa_e as repa_e
 from inputs.images import BrokenImage, Folder, Shapes, center_crop, to_rgb
 from inputs.teachers import load_encoder
 from irepa import Config, SiT, alignment_loss, interpolate, irepa_loss, spatial_norm
@@ -1406,6 +1407,254 @@ def test_jit_overfits_stops_and_resumes(tmp_path):
     assert wrong.mean() < 0.3 and wrong.max() < 0.7  # an image of the other class is wrong by 1
     run(*flags, "--out", tmp_path / "plain", "--steps", 2, "--align", "none")
     assert json.loads((tmp_path / "plain/log.jsonl").read_text())["align"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# REPA-E
+
+
+def latent_normal(model):
+    """Statistics for bn that are neither 0 nor 1."""
+    model.bn.running_mean.copy_(torch.tensor([0.5, -1.0, 2.0, 0.0]))
+    model.bn.running_var.copy_(torch.tensor([4.0, 0.3, 1.0, 9.0]))
+    return model
+
+
+@pytest.fixture(scope="session")
+def joint():
+    """What a step of REPA-E takes: networks, a batch, and the VAE's loss of it."""
+    config = Config(**TINY)
+    model = latent_normal(repa_e.SiT(config))
+    model.load_state_dict({**model.state_dict(), **fill(SiT(config), strong=True).state_dict()})
+    vae, disc = latents.load_vae("tiny")[0].requires_grad_(True), repa_e.Discriminator(4)
+    batch = normal(0, 4, 3, 32, 32).clamp(-1, 1), torch.tensor([1, 2, 3, 4]), normal(1, 4, 16, 24)
+
+    def vae_loss(coeff=1.5, perceptual=None):
+        seeds = (torch.Generator().manual_seed(i) for i in (5, 6))
+        return repa_e.vae_loss(model, vae, disc, *batch, config, (coeff, 0.1), perceptual, *seeds)
+
+    return config, model, vae, disc, batch, vae_loss
+
+
+def test_which_networks_learn_from_which_loss(joint):
+    config, model, vae, disc, (x, y, target), vae_loss = joint
+    losses, z, recon = vae_loss()
+    assert z.shape == (4, 4, 8, 8) and recon.shape == x.shape
+    inner = {"encoder", "quant_conv"}
+
+    names = {p: "sit" for p in model.parameters()} | {p: "disc" for p in disc.parameters()}
+    names = {p: name for p, name in names.items() if p.requires_grad}
+    names |= {p: key.split(".")[0] for key, p in vae.named_parameters()}
+
+    def reached(loss):
+        grads = torch.autograd.grad(loss, [*names], retain_graph=True, allow_unused=True)
+        return {name for name, grad in zip(names.values(), grads) if grad is not None and grad.any()}
+
+    assert reached(losses["l1"]) == inner | {"decoder", "post_quant_conv"} and reached(losses["kl"]) == inner
+    assert reached(losses["gan"]) == inner | {"decoder", "post_quant_conv", "disc"}
+    assert reached(losses["vae_align"]) == inner | {"sit"} and reached(repa_e.hinge_loss(disc, x, recon)) == {"disc"}
+
+    def gradients(net):
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    nets = {net: [p for p in net.parameters() if p.requires_grad] for net in (vae, disc, model)}
+    repa_e.set_gradients(losses["loss"], nets[vae])
+    assert len(gradients(vae)) == len(nets[vae]) and not gradients(disc) and not gradients(model)
+    repa_e.set_gradients(repa_e.hinge_loss(disc, x, recon), nets[disc])
+    before = gradients(vae)
+    assert len(gradients(disc)) == len(nets[disc]) and not gradients(model)
+    sit = repa_e.loss(model.train(), z.detach(), y, target, config, torch.Generator().manual_seed(6))
+    repa_e.set_gradients(sit["loss"], nets[model])
+    assert len(gradients(model)) == len(nets[model]) == len([*model.parameters()]) - 1  # not the position table
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(vae)))
+    # the alignment adds 1.5 of its own gradient to the encoder's, and nothing to the decoder's
+    with_it, without = (torch.autograd.grad(vae_loss(c)[0]["loss"], nets[vae]) for c in (1.5, 0.0))
+    alone = torch.autograd.grad(vae_loss()[0]["vae_align"], [*vae.encoder.parameters()])
+    names = [name for name, _ in vae.named_parameters()]
+    for name, a, b in zip(names, with_it, without):
+        assert torch.equal(a, b) == name.startswith(("decoder.", "post_quant_conv.")), name
+    for g, a, b in zip(alone, with_it, without):
+        torch.testing.assert_close(a - b, 1.5 * g, rtol=1e-3, atol=1e-5)
+    for net in nets:
+        net.zero_grad()
+
+
+def test_the_vaes_losses_are_their_formulas(joint):
+    config, model, vae, disc, (x, y, target), vae_loss = joint
+    losses, z, recon = vae_loss(2.0, lambda a, b: (a - b).square().mean((1, 2, 3), keepdim=True))
+    with torch.no_grad():
+        found = vae.encode(x).latent_dist
+        std = (found.logvar / 2).exp()
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
+        torch.testing.assert_close(z, found.mean + std * noise)
+        posteriors = torch.distributions.Normal(found.mean, std)
+        kl = torch.distributions.kl_divergence(posteriors, torch.distributions.Normal(0, 1)).sum() / 4
+        torch.testing.assert_close(losses["kl"], kl, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(recon, vae.decode(z).sample)
+        g = torch.Generator().manual_seed(6)
+        t, eps = torch.rand(4, generator=g), torch.randn(z.shape, generator=g)
+        mean, var = (v.view(4, 1, 1) for v in (model.bn.running_mean, model.bn.running_var))
+        w = t.view(4, 1, 1, 1)
+        model.eval()
+        _, tokens = model((1 - w) * (z - mean) / (var + 1e-4).sqrt() + w * eps, t, y)  # no label is dropped
+        align = alignment_loss(tokens, spatial_norm(target, config.gamma))
+        torch.testing.assert_close(losses["vae_align"], align, rtol=1e-5, atol=1e-5)
+        total = (x - recon).abs().mean() + (x - recon).square().mean() + 1e-6 * kl + 2 * align
+        torch.testing.assert_close(losses["loss"], total - 0.1 * disc(recon).mean(), rtol=1e-5, atol=1e-5)
+        real, false = torch.tensor([2.0, -1.0]), torch.tensor([-3.0, 0.5])  # patch by patch
+        assert repa_e.hinge_loss(lambda v: v, real, false).item() == pytest.approx(0.5 * (2 / 2 + 1.5 / 2))
+    with torch.device("meta"):
+        disc = repa_e.Discriminator()
+        assert disc(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+    assert sum(p.numel() for p in disc.parameters()) == 2_765_633 and disc.main[11].out_channels == 1
+
+
+def test_latents_are_normalised_by_running_and_batch_statistics(joint, monkeypatch):
+    config, model, _, _, (_, y, target), vae_loss = joint
+    drawn = []
+    for module in (repa_e, irepa):
+        monkeypatch.setattr(module, "interpolate", lambda *args: drawn.append(args) or interpolate(*args))
+    blocks = []
+    handles = [block.register_forward_hook(lambda *_, i=i: blocks.append(i)) for i, block in enumerate(model.blocks)]
+    mean, var = model.bn.running_mean.clone(), model.bn.running_var.clone()
+    z = vae_loss()[1].detach()
+    assert blocks == [0, 1]  # no block after the alignment's
+    assert torch.equal(model.bn.running_mean, mean) and torch.equal(model.bn.running_var, var)
+    repa_e.loss(model.train(), z, y, target, config, torch.Generator().manual_seed(6))
+    for handle in handles:
+        handle.remove()
+    per_channel = z.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(model.bn.running_mean, 0.9 * mean + 0.1 * per_channel.mean(1))
+    torch.testing.assert_close(model.bn.running_var, 0.9 * var + 0.1 * per_channel.var(1))
+    (first, noise, t, _), (second, *again) = drawn
+    assert torch.equal(noise, again[0]) and torch.equal(t, again[1])  # both passes draw the same
+    torch.testing.assert_close(first, (z - mean.view(4, 1, 1)) / (var + 1e-4).sqrt().view(4, 1, 1))
+    torch.testing.assert_close(second.transpose(0, 1).flatten(1).mean(1), torch.zeros(4), rtol=0, atol=1e-4)
+    variance = per_channel.var(1, unbiased=False)
+    torch.testing.assert_close(second.transpose(0, 1).flatten(1).var(1, unbiased=False), variance / (variance + 1e-4))
+    model.eval()
+    spec = repa_e.latent_spec(latent_normal(model), dict(channels=4))
+    scale, bias = latents.per_channel(spec, z)
+    torch.testing.assert_close(model.bn(z) / scale + bias, z)  # what decode() does
+
+
+JOINT = [*RUN, *"--method repa_e --image-size 32 --model SiT-S/2 --vae tiny --lpips none --disc-width 4".split()]
+
+
+def test_repa_e_stops_resumes_and_samples(photos, tmp_path, capsys):
+    flags = [*JOINT, "--data", photos, "--ema", 0.5, "--warmup", 2, "--sample-every"]
+    run(*flags, 0, "--steps", 3, "--out", tmp_path / "straight")
+    run(*flags, 2, "--steps", 2, "--out", tmp_path / "stopped")
+    run("--resume", "--out", tmp_path / "stopped", "--steps", 3, "--sample-every", 0)
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "stopped"))
+    for which in ("model", "ema", "vae", "discriminator"):
+        assert all(torch.equal(v, b[which][k]) for k, v in a[which].items())
+    for which in ("opt", "opt_vae", "opt_disc"):
+        assert len(a[which]["state"]) > 10
+        for i, state in a[which]["state"].items():
+            assert all(torch.equal(v, b[which]["state"][i][k]) for k, v in state.items())
+    start = latents.load_vae("tiny")[0].state_dict()
+    assert all((a["vae"][k] != v).any() for k, v in start.items())
+    for key in ("bn.running_mean", "bn.running_var"):  # the EMA follows the statistics too
+        assert (a["ema"][key] != a["model"][key]).all() and (a["ema"][key] - a["model"][key]).abs().max() < 1
+    rows = [json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[-1]) for n in ("straight", "stopped")]
+    assert rows[0].keys() >= {*repa_e.MEANS, "held_out", "step", "lr"} and rows[0]["held_out"] == rows[1]["held_out"]
+    assert (tmp_path / "stopped/samples/reconstructions-0000002.png").stat().st_size > 1000
+    assert (tmp_path / "stopped/samples/step-0000002.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):  # another network
+        run("--resume", "--out", tmp_path / "stopped", "--steps", 4, "--align", "repa")
+
+    ckpt = ["--ckpt", str(tmp_path / "stopped/last.pt"), "--sampler", "euler", "--steps", "3", "--num", "4"]
+    for which, more in (("ema", []), ("model", ["--no-ema"])):
+        sample.main([*ckpt, *more, "--npz", str(tmp_path / f"{which}.npz")])
+        got, (model, _) = np.load(tmp_path / f"{which}.npz"), sample.load_checkpoint(ckpt[1], ema=which == "ema")
+        x = sample.generate(model, torch.from_numpy(got["labels"]), range(4), sampler="euler", steps=3)
+        mean, var = (b[which][f"bn.running_{k}"].view(4, 1, 1) for k in ("mean", "var"))
+        vae = latents.load_vae("tiny")[0]
+        vae.load_state_dict(b["vae"])
+        with torch.no_grad():
+            images = sample.to_uint8(vae.decode(x * (var + 1e-4).sqrt() + mean).sample).permute(0, 2, 3, 1)
+        assert np.abs(got["arr_0"].astype(int) - images.numpy()).max() <= 1
+    record = json.loads((tmp_path / "ema.json").read_text())
+    assert record["latent"]["bias"] == pytest.approx(b["ema"]["bn.running_mean"].tolist(), rel=1e-6)
+    for flags, message in ((["--vae", "tiny"], "holds its own VAE"), (["--labels", "9"], "classes are 0 to 1")):
+        with pytest.raises(SystemExit) as stop:
+            sample.main([*ckpt, *flags, "--npz", str(tmp_path / "x.npz")])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    torch.save({**b, "vae": {}}, tmp_path / "bad.pt")
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", str(tmp_path / "bad.pt"), "--npz", str(tmp_path / "x.npz"), "--num", "2"])
+    assert "the checkpoint's VAE cannot be used" in capsys.readouterr().err
+
+
+def test_repa_e_overfits(tmp_path, monkeypatch):
+    for name in ("black", "white"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for i in range(2):
+            image = Image.new("RGB", (32, 32), name)
+            image.paste("grey", (6, 12, 14, 20))  # for the teacher to see
+            image.save(tmp_path / "few" / name / f"{i}.png")
+    loss, free = repa_e.loss, []
+    monkeypatch.setattr(
+        repa_e, "loss", lambda m, z, *args, **kw: free.append(z.requires_grad) or loss(m, z, *args, **kw)
+    )
+    flags = "--image-size 24 --hidden-size 64 --batch-size 4 --steps 120 --lr 5e-3 --ema 0.9 --log-every 20"
+    flags += " --gan-coeff 0.01 --vae-proj-coeff 0.5 --sample-every 0"
+    run(*JOINT, "--data", tmp_path / "few", "--out", tmp_path / "run", *flags.split())
+    rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert len(free) > 100 and not any(free)  # the denoising loss never reaches the VAE
+    assert rows[-1]["l1"] < 0.2 < 0.5 < rows[0]["l1"] and rows[-1]["denoise"] < 0.6 * rows[0]["denoise"]
+    flags = "--num 8 --sampler heun --steps 20 --cfg 4 --labels 0,1 --ckpt"
+    sample.main([*flags.split(), str(tmp_path / "run/last.pt"), "--npz", str(tmp_path / "s.npz")])
+    x = np.load(tmp_path / "s.npz")["arr_0"].mean((1, 2, 3))
+    assert x[0::2].max() < 150 < x[1::2].min()
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--vae none", "trains a VAE"),
+        ("--accumulate 2", "leave --accumulate out"),
+        ("--image-size 16", "takes 24 px"),
+        ("--latent-stats x.pt", "leave --latent-stats out"),
+        ("--latents x", "leave --latents and"),
+        ("--vae-precision bf16", "leave --vae-precision out"),
+        ("--lpips nowhere.pth", "nowhere.pth: there is no such file: fetch https"),
+        ("--disc-width 0", "--disc-width must be positive"),
+        ("--gan-coeff inf", "must be finite"),
+        ("--method irepa", "are for --method repa_e"),
+        ("--demo --method jitter", "invalid choice"),
+    ],
+)
+def test_what_does_not_fit_repa_e_is_one_sentence(photos, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        run(*JOINT, "--data", photos, "--out", tmp_path / "run", *flags.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and "Traceback" not in error and not (tmp_path / "run").exists()
+
+
+def test_lpips_is_torchvisions_vgg_or_an_error(tmp_path, monkeypatch):
+    class Package(torch.nn.Module):  # as lpips.LPIPS: VGG's layers in slices, under their numbers
+        def __init__(self, **settings):
+            super().__init__()
+            assert settings == dict(net="vgg", pnet_rand=True, verbose=False)
+            slices = {"slice1": {"0": torch.nn.Conv2d(3, 4, 3)}, "slice2": {"5": torch.nn.Conv2d(4, 4, 3)}}
+            self.net = torch.nn.ModuleDict({k: torch.nn.ModuleDict(v) for k, v in slices.items()})
+
+    monkeypatch.setitem(sys.modules, "lpips", argparse.Namespace(LPIPS=Package))
+    state = {k.replace("net.slice1", "features").replace("net.slice2", "features"): v + 1
+             for k, v in Package(net="vgg", pnet_rand=True, verbose=False).state_dict().items()}  # fmt: skip
+    torch.save({**state, "classifier.0.weight": torch.ones(2)}, tmp_path / "vgg.pth")
+    net = repa_e.load_lpips(str(tmp_path / "vgg.pth"), "cpu")
+    assert torch.equal(net.net["slice2"]["5"].weight, state["features.5.weight"])
+    assert not any(p.requires_grad for p in net.parameters()) and repa_e.load_lpips("none", "cpu") is None
+    torch.save({"features.0.weight": torch.ones(2)}, tmp_path / "other.pth")
+    for weights, message in ((tmp_path / "other.pth", "does not hold torchvision's VGG16"), (None, "takes --lpips")):
+        with pytest.raises(ValueError, match=message):
+            repa_e.load_lpips(weights, "cpu")
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match="pip install lpips"):
+        repa_e.load_lpips(tmp_path / "vgg.pth", "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ METHODS = {
     # lr and warm-up are JiT's 5e-5 a batch of 256 and 5 epochs of ImageNet
     "jit": dict(align="irepa", model="JiT-B/16", vae="none", lr=5e-5, beta2=0.95, clip=None, warmup=25_000),
     "meanflow": dict(align="irepa", model="SiT-B/2", beta2=0.95),
+    "repa_e": dict(align="irepa"),
 }
 # --align: likewise
 ALIGN = {
@@ -47,7 +48,11 @@ DEMO = dict(
 DEMO_OF = {
     "jit": dict(model="JiT-S/4", steps=900, sample_every=300, ckpt_every=300, out="runs/jit-demo"),
     "meanflow": dict(omega=2.0, kappa=0.0, sample_cfg=1.0, out="runs/meanflow-demo"),
-}
+    "repa_e": dict(
+        model="SiT-S/1", vae="tiny", lpips="none", gan_coeff=0.01, disc_width=16, hidden_size=128, num_heads=4,
+        batch_size=16, steps=1200, sample_every=600, out="runs/repa-e-demo",
+    ),
+}  # fmt: skip
 
 
 def build_parser():
@@ -102,12 +107,20 @@ def build_parser():
     add("--skip-broken", action="store_true", help="leave out, and list, images that cannot be decoded")
     add("--workers", type=int, help="decoding processes a rank; by default none where images are kept in memory")
     add = parser.add_argument_group("latents").add_argument
-    add("--vae", help="sd-vae-ft-mse (from 128 px up), sd-vae-ft-ema, a folder or file of one, or none: pixels")
+    add(
+        "--vae",
+        help="sd-vae-ft-mse (from 128 px up), sd-vae-ft-ema, a folder or file of one, or none: pixels; tiny: of repa_e",
+    )
     add("--vae-weights", choices=("random",), help="instead of the VAE's own, for tests only")
     add("--vae-precision", default="fp32", choices=("fp32", "bf16"), help="of the VAE's encoder and decoder")
     add("--latent-stats", metavar="FILE", help="scale and bias of each channel, as the release's .pt has them")
     add("--latents", metavar="DIR", help="cache of --data's latents; without it the VAE encodes in each step, slowly")
     add("--cache-latents", action="store_true", help="write that cache to --out, and leave; goes on where it stopped")
+    add = parser.add_argument_group("the VAE's training, of --method repa_e").add_argument
+    add("--lpips", metavar="FILE", help="torchvision's VGG16 weights for the perceptual loss, or none: without it")
+    add("--vae-proj-coeff", type=float, default=1.5, help="weight of the alignment in the VAE's loss")
+    add("--gan-coeff", type=float, default=0.1, help="weight of the discriminator in the VAE's loss")
+    add("--disc-width", type=int, default=64, help="channels of the discriminator's first layer")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=400_000, help="optimiser steps")
     add("--batch-size", type=int, default=256, help="global: over all processes and accumulated parts")
@@ -145,6 +158,7 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 import atexit  # noqa: E402
 import copy  # noqa: E402
 import dataclasses  # noqa: E402
+import importlib  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import multiprocessing  # noqa: E402
@@ -215,6 +229,8 @@ def resolve(parser, argv=None):
     elif int(os.environ.get("RANK", 0)) == 0 and not given.get("cache_latents"):
         refuse_used(out)
     method = given.get("method", saved.get("method", method))
+    if method not in METHODS:
+        raise ValueError(f"{out} was trained with --method {method!r}, which is none of {', '.join(METHODS)}")
     preset = METHODS[method]
     align = given.get("align") or preset["align"]
     if align != preset["align"] and method in ("irepa", "repa", "sit"):
@@ -231,11 +247,14 @@ def resolve(parser, argv=None):
         raise ValueError("--cache-latents writes to a folder of its own: name it with --out")
     if args.keep < 0:
         raise ValueError(f"--keep must not be negative, and is {args.keep}")
-    positive = "image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
+    for name in "lpips vae_proj_coeff gan_coeff disc_width".split():
+        if method != "repa_e" and (name in given or args.vae == "tiny"):
+            raise ValueError(f"--{name.replace('_', '-')} and --vae tiny are for --method repa_e")
+    positive = "disc_width image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
     for name in positive:
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:  # --clip none
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in "proj_coeff gamma sample_cfg warmup workers sample_every seed".split():
+    for name in "proj_coeff vae_proj_coeff gan_coeff gamma sample_cfg warmup workers sample_every seed".split():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and (value >= 0 or isinstance(value, float))):
             raise ValueError(f"--{name.replace('_', '-')} must be finite, and a count not negative; it is {value}")
@@ -314,7 +333,7 @@ def network(args, spec=None, num_classes=1000, encoder_dim=1):
 def same_run(args, config, data, spec, checkpoint):
     """ValueError where a checkpoint belongs to another network, other data or other latents than what is asked."""
     old, new = dict(checkpoint["config"]), dataclasses.asdict(config)
-    for key in "method align encoder seed batch_size".split():
+    for key in "method align encoder seed batch_size lpips vae_proj_coeff gan_coeff disc_width".split():
         old[key], new[key] = checkpoint["settings"].get(key, getattr(args, key)), getattr(args, key)
     old.update(classes=checkpoint["classes"], images=checkpoint["images"])
     new.update(classes=data.classes, images=len(data))
@@ -497,7 +516,10 @@ def main(argv=None):
             network(args)  # what does not fit together is said before anything slow
         device = pick_device(args.device)
         first = int(os.environ.get("RANK", 0)) == 0
-        latent = None
+        loop, latent = train, None
+        if args.method == "repa_e":  # which has one of its own, for three optimisers
+            sys.modules["train"] = sys.modules[__name__]  # it takes helpers from here, and no second copy of them
+            loop = importlib.import_module("variants.repa_e").loop(args, device)
         if args.vae != "none":
             bf16 = args.vae_precision == "bf16"
             latent = load_vae(args.vae, args.vae_weights, args.latent_stats, device, bf16)
@@ -532,7 +554,7 @@ def main(argv=None):
             print("warning: the teacher's weights are random; this is for tests only")
     try:
         with held, catching_signals():
-            train(args, config, data, teacher, latent, device, checkpoint)
+            loop(args, config, data, teacher, latent, device, checkpoint)
     except (BrokenImage, FloatingPointError) as e:
         parser.error(last_line(e))
 
@@ -624,6 +646,29 @@ def update(model, ema, opt, clip, decay):
     return norm, opt.found_inf
 
 
+def open_log(out, record, resumed):
+    """Write the run's settings, cut the log to the `resumed` step (None: a new run) -> the log's path."""
+    name = "config.json" if resumed is None else f"config-from-step-{resumed}.json"
+    write_whole(out / name, lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
+    log = out / "log.jsonl"
+    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+    # later ones come again, and a half-written one
+    kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= (resumed or 0)]
+    write_whole(log, lambda f: f.write("".join(kept).encode()))
+    return log
+
+
+def save_checkpoint(out, state, keep):
+    """out/last.pt, and its numbered names, of which the newest `keep` stay."""
+    write_whole(out / "last.pt", lambda f: torch.save(state, f))
+    if keep:  # a second name of the same file costs nothing until last.pt is another
+        numbered = out / f"step-{state['step']:07d}.pt"
+        numbered.unlink(missing_ok=True)
+        os.link(out / "last.pt", numbered)
+        for old in sorted(out.glob("step-*.pt"))[:-keep]:
+            old.unlink()
+
+
 def train(args, config, data, teacher, latent, device, checkpoint=None):
     rank, world = start_ranks(device, 30)
     atexit.register(kill_workers)
@@ -670,13 +715,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
         record = dict(vars(args), **versions(), config=dataclasses.asdict(config), classes=data.classes)
         record.update(hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         record.update(world_size=world, bf16=bf16, images=len(data), parameters=sum(p.numel() for p in params))
-        name = f"config-from-step-{start}.json" if checkpoint else "config.json"
-        write_whole(out / name, lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
-        log = out / "log.jsonl"
-        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= start]
-        # later ones come again, and a half-written one
-        write_whole(log, lambda f: f.write("".join(kept).encode()))
+        log = open_log(out, record, start if checkpoint else None)
         was = checkpoint and (checkpoint.get("processes", 1), checkpoint["settings"]["accumulate"])
         if checkpoint and was != (world, args.accumulate):
             print(
@@ -692,13 +731,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
         state = dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, seconds=seconds)
         state.update(config=dataclasses.asdict(config), settings=vars(args), classes=data.classes, images=len(data))
         state.update(latent=latent[1] if latent else None, processes=world)
-        write_whole(out / "last.pt", lambda f: torch.save(state, f))
-        if args.keep:  # a second name of the same file costs nothing until last.pt is another
-            numbered = out / f"step-{step:07d}.pt"
-            numbered.unlink(missing_ok=True)
-            os.link(out / "last.pt", numbered)
-            for old in sorted(out.glob("step-*.pt"))[: -args.keep]:
-                old.unlink()
+        save_checkpoint(out, state, args.keep)
 
     cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" and world > 1 else None
     sums, since, clock, run, saved = torch.zeros(4, device=device), start, time.time(), 0, True
