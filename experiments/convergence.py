@@ -1,0 +1,503 @@
+"""Does alignment speed up training, and which half of iREPA does it? Five arms, several seeds, one command.
+
+    python experiments/convergence.py --data cifar10_train.zip                  two CPU cores, the HOG teacher
+    python experiments/convergence.py                                           the same on drawn shapes, no data
+    python experiments/convergence.py --data cifar10_train.zip --budget gpu --seeds 0
+    python experiments/convergence.py --data cifar10_train.zip --encoder timm:test_vit --encoder-weights vit.pt \\
+        --learn-teacher 1500 --classifier runs/convergence/classifier.pt --out runs/convergence-vit
+    python experiments/convergence.py --budget paper --processes 8 --data data/imagenet/train --inception FILE \\
+        --reference VIRTUAL.stats.npz --encoder dinov2_vitb14 -- --latents data/imagenet/latents-256
+
+Each arm and seed is a run of train.py in OUT/ARM-seedN, trained in equal legs; after each leg sample.py draws images
+from its EMA, and their Frechet distance to the training images is taken. What follows `--` goes to train.py for all
+arms. With one seed, all arms have the same initial trunk, data order, noise, times, label drops and sample noise.
+A comparison that was stopped goes on when it is started again; arms and seeds can be added to a finished one.
+
+The distance is FID where --inception gives the weights. Without it, it is `FD-classifier`: the same distance between
+the penultimate features of a small network that is trained here to classify the same images. It compares the arms of
+one comparison; it is no FID, and not comparable to any.
+
+OUT holds results.json (all curves), table.md, curves.png, samples.png (the arms' images from the same noise).
+"""
+
+import argparse
+import functools
+import hashlib
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import fid  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from inputs.images import Folder, Shapes, line  # noqa: E402
+from inputs.latents import write_whole  # noqa: E402
+from inputs.teachers import fast_bf16  # noqa: E402
+
+# The halves are REPA with one of iREPA's two changes, at REPA's coefficient of 0.5: the paper gives the coefficient 1
+# to the whole of iREPA only. `-- --proj-coeff X` gives one to all.
+ARMS = {
+    "sit": "--method sit",
+    "repa": "--method repa",
+    "irepa": "--method irepa",
+    "conv-only": "--method repa --projector conv",
+    "norm-only": "--method repa --gamma 0.6",
+}
+# flags: of train.py; points: number of legs; images, sampling: of sample.py; learn: steps of the classifier, 128 images
+BUDGETS = {
+    "minutes": dict(
+        flags="--image-size 32 --model SiT-S/4 --hidden-size 128 --depth 4 --num-heads 2 --encoder-depth 2"
+        " --projector-dim 512 --batch-size 32 --steps 1600 --lr 2e-3 --warmup 100 --ema 0.995 --log-every 100",
+        points=4, images=500, sampling="--sampler heun --steps 10", learn=1000,
+    ),
+    "gpu": dict(
+        flags="--image-size 32 --model SiT-S/2 --batch-size 256 --steps 1200 --lr 5e-4 --warmup 100 --ema 0.995"
+        " --log-every 100",
+        points=4, images=2000, sampling="--sampler heun --steps 20 --batch-size 500", learn=3000,
+    ),
+    "paper": dict(
+        flags="--image-size 256 --model SiT-XL/2 --batch-size 256 --steps 400000 --lr 1e-4 --ema 0.9999"
+        " --log-every 500",
+        points=8, images=50_000, sampling="--sampler sde --steps 250 --batch-size 64", learn=20_000,
+    ),
+}  # fmt: skip
+OURS = "method align data demo encoder encoder-weights seed out resume cache-latents list-encoders".split()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is learned here: the classifier of the distance, and the teacher
+
+
+class Classifier(nn.Module):
+    """uint8 [B, 3, H, W] -> logits [B, classes]; .features(images) -> [B, 128]. A residual network for 32 px.
+
+    Larger images are averaged down to 32 px first: the distance does not see what is finer.
+    """
+
+    def __init__(self, classes, width=32):
+        super().__init__()
+        widths = [width, width, 2 * width, 4 * width]
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stages, self.shortcuts = nn.ModuleList(), nn.ModuleList()
+        for i, (a, b) in enumerate(zip(widths, widths[1:])):
+            stride = 1 if i == 0 else 2
+            first = nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()
+            self.stages.append(nn.Sequential(*first, nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b)))
+            self.shortcuts.append(nn.Conv2d(a, b, 1, stride))
+        self.head = nn.Linear(4 * width, classes)
+
+    def features(self, images):
+        x = images.float() / 127.5 - 1
+        if x.shape[-1] > 32:
+            x = F.adaptive_avg_pool2d(x, 32)
+        x = self.stem(x)  # (B, 32, 16, 16)
+        for stage, shortcut in zip(self.stages, self.shortcuts):
+            x = F.relu(stage(x) + shortcut(x))  # (B, 32, 16, 16), (B, 64, 8, 8), (B, 128, 4, 4)
+        return x.mean((2, 3))  # (B, 128)
+
+    def forward(self, images):
+        return self.head(self.features(images))  # (B, classes)
+
+
+def fit(network, logits, data, steps, device, desc):
+    """Train `network` in place, logits(images uint8) being its answer -> accuracy on images that it does not see.
+
+    Cross-entropy, AdamW with one cycle of the learning rate, batches of 128, flips, shifts of up to an eighth.
+    """
+    seen, unseen = parts_of(data)
+    rng, opt = np.random.default_rng(0), torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps, pct_start=0.2)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
+    network.to(device).train()
+    for _ in tqdm(range(steps), desc, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30):
+        images, labels = (a.to(device) for a in data[np.sort(rng.choice(seen, 128))])
+        flips = torch.from_numpy(rng.random(128) < 0.5).to(device)
+        images = torch.where(flips[:, None, None, None], images.flip(3), images)
+        side = images.shape[-1]
+        top, left = rng.integers(0, side // 4 + 1, 2)  # one shift a batch is cheap
+        images = F.pad(images.float(), [side // 8] * 4, "reflect")[..., top : top + side, left : left + side]
+        with autocast:
+            loss = F.cross_entropy(logits(images), labels)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        cycle.step()
+    network.eval()
+    right = 0
+    with torch.no_grad():
+        for part in np.array_split(unseen, -(-len(unseen) // 256)):
+            images, labels = data[part]
+            right += (logits(images.to(device)).argmax(1).cpu() == labels).sum().item()
+    return right / len(unseen)
+
+
+def parts_of(data):
+    """(indices that are learned from, up to 5,000 others for the accuracy), both of train.py's training images."""
+    training, _ = train.split(len(data))
+    order = np.random.default_rng(1).permutation(training)
+    few = min(5000, len(order) // 10)
+    return np.sort(order[few:]), order[:few]  # not sorted: the first of them are of all classes
+
+
+def classifier_for(path, data, steps, device):
+    """The classifier in `path`, which is trained and written there if it is absent -> (network, its accuracy)."""
+    torch.manual_seed(0)
+    network = Classifier(len(data.classes))
+    if not path.exists():
+        accuracy = fit(network, network, data, steps, device, "classifier")
+        state = dict(state_dict=network.state_dict(), accuracy=accuracy, classes=data.classes, steps=steps)
+        write_whole(path, lambda f: torch.save(state, f))
+    state = sample.read_checkpoint(path)
+    if state.get("classes") != data.classes or "accuracy" not in state:
+        raise ValueError(f"{path} is no classifier of these classes: name another file, or delete it")
+    network.load_state_dict(state["state_dict"])
+    return network.eval().requires_grad_(False).to(device), state["accuracy"]
+
+
+def learn_teacher(name, path, data, steps, grid, device):
+    """A timm ViT trained to classify `data`, written to `path` as --encoder-weights reads it -> its accuracy.
+
+    It learns from what it will be shown as a teacher. Its head is as wide as timm's config says, not as there are
+    classes: only then does timm read the file strictly.
+    """
+    import timm  # late: 1.5 s that nothing else here waits for
+
+    if path.exists():
+        return sample.read_checkpoint(path).get("accuracy")
+    shown = train.load_encoder(name, grid, "random", device)  # it knows size, mean and std; and says what is no ViT
+    torch.manual_seed(0)
+    model = timm.create_model(shown.timm_id, img_size=shown.side)
+
+    def logits(images):
+        x = (images.float() / 255 - shown.mean) / shown.std
+        x = F.interpolate(x, (shown.side, shown.side), mode=shown.resize, align_corners=False)
+        return model(x)[:, : len(data.classes)]
+
+    accuracy = fit(model, logits, data, steps, device, "teacher")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = dict(state_dict=model.cpu().state_dict(), accuracy=accuracy, steps=steps)
+    write_whole(path, lambda f: torch.save(state, f))
+    return accuracy
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The distance
+
+
+@torch.no_grad()
+def moments_of(features, batches, device):
+    """(mu, sigma) of features(images) over batches of uint8 [B, 3, H, W]."""
+    moments = None
+    for images in batches:
+        x = features(images.to(device)).float().cpu()
+        moments = moments or fid.Moments(x.shape[1])
+        moments.add(x)
+    return moments.result()
+
+
+def batches_of(data, indices, size=250):
+    for i in range(0, len(indices), size):
+        yield data[indices[i : i + size]][0]
+
+
+def batches_of_npz(path, size=250):
+    images = np.load(path)["arr_0"]
+    for i in range(0, len(images), size):
+        yield torch.from_numpy(images[i : i + size]).permute(0, 3, 1, 2)
+
+
+def meter(args, data, device):
+    """-> (distance(batches of uint8 [B, 3, H, W]) to the training images or --reference, facts about it)."""
+    if args.inception:
+        network, digest = fid.load_inception(args.inception, device)
+        features, facts = lambda x: network(x)[0], dict(name="FID", sha256=digest)
+    else:
+        path = Path(args.classifier or f"{args.out}/classifier.pt")
+        network, accuracy = classifier_for(path, data, args.learn, device)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        features, facts = network.features, dict(name="FD-classifier", sha256=digest, accuracy=accuracy)
+    if args.reference:
+        stored = np.load(args.reference)
+        if not {"mu", "sigma"} <= set(stored):
+            raise ValueError(f"--reference {args.reference} holds no mu and sigma: make it with fid.py --save-stats")
+        reference = stored["mu"], stored["sigma"]
+    else:
+        training, _ = train.split(len(data))
+        bar = tqdm(batches_of(data, training), "reference", -(-len(training) // 250), leave=False)
+        reference = moments_of(features, bar, device)
+
+    def distance(batches):
+        return fid.frechet_distance(*moments_of(features, batches, device), *reference)
+
+    real = parts_of(data)[1][: args.images]
+    facts.update(samples=args.images, real=len(real), of_real=distance(batches_of(data, real)))  # what to hope for
+    return distance, facts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Train, sample, measure
+
+
+def call(module, flags, processes):
+    """train.py or sample.py with flags: here, or under torchrun on several processes."""
+    if processes == 1:
+        return module.main(flags)
+    run = subprocess.run(["torchrun", f"--nproc_per_node={processes}", module.__file__, *flags])
+    if run.returncode:
+        raise SystemExit(run.returncode)  # it has said why
+
+
+def leg(args, folder, arm, seed, step):
+    """Train the run in `folder` up to `step`, from wherever it is."""
+    last = folder / "last.pt"
+    if last.exists() and sample.read_checkpoint(last)["step"] >= step:
+        return
+    flags = [*args.flags, *args.place, *ARMS[arm].split(), "--seed", str(seed)]
+    flags += ["--out", str(folder), "--steps", str(step)]
+    if last.exists() or (folder / "config.json").exists():
+        flags += ["--resume"]
+    elif folder.exists():
+        folder.rmdir()  # stopped before it wrote anything
+    call(train, flags, args.processes)
+    reached = sample.read_checkpoint(last)["step"] if last.exists() else 0
+    if reached < step:
+        raise SystemExit(f"convergence.py: {folder} was stopped at step {reached} of {step}; the same command goes on")
+
+
+def measure(args, folder, step, distance):
+    """Draw OUT/ARM-seedN/samples-STEP.npz from the EMA, and add its distance to distance.jsonl."""
+    npz = folder / f"samples-{step}.npz"
+    if not npz.exists():  # what bears the name is whole
+        flags = f"--num {args.images} --labels balanced --seed 0 {args.sampling}".split()
+        flags += ["--ckpt", str(folder / "last.pt"), "--npz", str(npz), *args.decoder]
+        call(sample, flags, args.processes)
+    with open(folder / "distance.jsonl", "a") as f:
+        f.write(json.dumps(dict(step=step, distance=distance(batches_of_npz(npz)))) + "\n")
+    for old in {*folder.glob("samples-*.npz")} - {npz}:
+        old.unlink()
+
+
+def rows_of(path):
+    """The rows of a .jsonl, without a half-written last one; none if there is no file."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(row) for row in text.splitlines(keepends=True) if row.endswith("}\n")]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What came out
+
+
+def collect(args):
+    """The runs that have begun: dict(arm, seed, images_per_s, and {step: value} of held_out, align, distance)."""
+    runs = []
+    for arm, seed in itertools.product(args.arms, args.seeds):
+        folder = Path(args.out) / f"{arm}-seed{seed}"
+        log, far = rows_of(folder / "log.jsonl"), rows_of(folder / "distance.jsonl")
+        if log:
+            curves = {name: {row["step"]: row[name] for row in log} for name in ("held_out", "align")}
+            curves["distance"] = {row["step"]: row["distance"] for row in far}
+            speed = statistics.median(row["images_per_s"] for row in log)
+            runs.append(dict(arm=arm, seed=seed, images_per_s=speed, **curves))
+    return runs
+
+
+def against_sit(runs, metric):
+    """[(arm, {step: value - that of sit with the same seed})] of the runs for which there is one."""
+    base = {run["seed"]: run[metric] for run in runs if run["arm"] == "sit"}
+    pairs = [(run, base.get(run["seed"], {})) for run in runs if run["arm"] != "sit"]
+    return [(run["arm"], {s: v - sit[s] for s, v in run[metric].items() if s in sit}) for run, sit in pairs]
+
+
+def table(runs, step, facts):
+    """Markdown, an arm a row, at `step`: mean ± standard deviation over seeds."""
+
+    def cell(curves, arm, digits):
+        values = [curve[step] for name, curve in curves if name == arm and step in curve]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}" if values else "–"
+
+    name = facts["name"]
+    out = f"Step {step}, mean ± standard deviation over seeds; {name} of {facts['samples']} samples, where"
+    out += f" {facts['real']} real images have {facts['of_real']:.2f}.\n\n"
+    out += f"| arm | seeds | held-out loss | minus sit's, same seed | {name} | minus sit's, same seed | images/s |\n"
+    out += "|---|---|---|---|---|---|---|\n"
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        own = [run for run in runs if run["arm"] == arm and step in run["distance"]]
+        cells = [arm, str(len(own))]
+        for metric, digits in (("held_out", 4), ("distance", 2)):
+            cells += [cell([(arm, run[metric]) for run in own], arm, digits)]
+            cells += [cell(against_sit(runs, metric), arm, digits)]
+        cells += [f"{statistics.median(run['images_per_s'] for run in own):.0f}" if own else "–"]
+        out += f"| {' | '.join(cells)} |\n"
+    return out
+
+
+def plot(runs, facts, path):
+    """Held-out loss, its difference to sit's, and distance against steps: mean over seeds, least to most as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    panels = {
+        "held-out denoising loss": [(run["arm"], run["held_out"]) for run in runs],
+        "held-out loss minus sit's, same seed": against_sit(runs, "held_out"),
+        facts["name"]: [(run["arm"], run["distance"]) for run in runs],
+    }
+    for axis, (label, curves) in zip(axes, panels.items()):
+        ends = []
+        for i, arm in enumerate(ARMS):
+            own = [curve for name, curve in curves if name == arm]
+            steps = sorted({step for curve in own for step in curve})
+            if steps:
+                values = [[curve[step] for curve in own if step in curve] for step in steps]
+                mean = [statistics.mean(v) for v in values]
+                axis.plot(steps, mean, color=f"C{i}", marker="o" if label == facts["name"] else None)
+                axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=f"C{i}", alpha=0.15, lw=0)
+                ends.append((mean[-1], steps[-1], arm, f"C{i}"))
+        axis.set(xlabel="step", ylabel=label, yscale="linear" if "minus" in label else "log")
+        axis.grid(alpha=0.3, which="both")
+        height = -1.0
+        for value, step, arm, colour in sorted(ends):  # beside the curves, from below, no two on one another
+            place = axis.transAxes.inverted().transform(axis.transData.transform((step, value)))
+            height = max(place[1], height + 0.05)
+            axis.text(1.02, height, arm, color=colour, transform=axis.transAxes, va="center")
+    axes[1].axhline(0, color="C0", linewidth=1)
+    axes[2].axhline(facts["of_real"], color="black", linestyle=":", linewidth=1)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(args, facts):
+    """results.json, table.md, curves.png and samples.png in OUT, from what is there so far -> the newest table."""
+    out, runs = Path(args.out), collect(args)
+    done = [step for step in args.legs if any(step in run["distance"] for run in runs)]
+    everything = dict(settings=vars(args), distance=facts, runs=runs, **sample.versions())
+    (out / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
+    tables = [table(runs, step, facts) for step in reversed(done)]
+    (out / "table.md").write_text("\n".join(tables))
+    plot(runs, facts, out / "curves.png")
+    sets = {arm: out / f"{arm}-seed{args.seeds[0]}" / f"samples-{args.legs[-1]}.npz" for arm in args.arms}
+    rows = {arm: next(batches_of_npz(npz, 10)) for arm, npz in sets.items() if npz.exists()}
+    if rows:
+        sample.save_grid(torch.cat([*rows.values()]), [*rows], out / "samples.png")
+    return tables[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="%(prog)s [flags] [-- flags of train.py]",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--data", metavar="PATH", help="folder of class folders, or a .zip of one; drawn shapes without it")
+    add("--budget", default="minutes", choices=BUDGETS, help="sizes of model and run; minutes is for two CPU cores")
+    add("--out", default="runs/convergence", metavar="DIR")
+    add("--arms", nargs="+", default=[*ARMS], choices=ARMS)
+    add("--seeds", nargs="+", type=int, default=[0, 1])
+    add("--encoder", default="hog", help="the teacher, as in train.py")
+    add("--encoder-weights", metavar="FILE", help="as in train.py")
+    add("--learn-teacher", type=int, metavar="STEPS", help="make that file first, in as many steps on --data")
+    add("--images", type=int, help="samples for the distance")
+    add("--inception", metavar="FILE", help="weights as fid.py takes them: the distance is then FID")
+    add("--reference", metavar="FILE", help="statistics of fid.py --save-stats, instead of the training images'")
+    add("--classifier", metavar="FILE", help="read from, or made for, another comparison; default: OUT/classifier.pt")
+    add("--processes", type=int, default=1, help="GPUs: above one, under torchrun")
+    add("--device", default="auto", help="as in train.py")
+    return parser
+
+
+def prepare(argv):
+    """argv -> (args with what the budget says, train.py's args). ValueError where flags do not fit together.
+
+    args.flags are train.py's for every arm; args.place are more of them, which say where it runs and on what.
+    """
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, extra = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
+    for flag in {f.split("=")[0] for f in extra} & {f"--{name}" for name in OURS}:
+        raise ValueError(f"{flag} after -- is what convergence.py sets itself: leave it out there")
+    if args.reference and not args.inception:
+        raise ValueError("--reference holds statistics for FID: it goes with --inception FILE")
+    if args.learn_teacher is not None and not args.encoder_weights:
+        raise ValueError("--learn-teacher writes the file of --encoder-weights: name it")
+    budget = {k: v for k, v in BUDGETS[args.budget].items() if k != "images" or args.images is None}
+    vars(args).update(budget)
+    if args.images < 2 or args.processes < 1 or (args.learn_teacher or 1) < 1:
+        raise ValueError("--images is at least 2, --processes and --learn-teacher at least 1")
+    args.arms, args.seeds = [*dict.fromkeys(args.arms)], [*dict.fromkeys(args.seeds)]
+    args.flags = [*args.flags.split(), *"--lr-schedule constant --ema-warmup --sample-every 0".split()]
+    args.flags += ["--encoder", args.encoder, *extra]
+    args.place = ["--data", args.data] if args.data else ["--demo"]
+    args.place += ["--encoder-weights", args.encoder_weights] if args.encoder_weights else []
+    args.place += ["--device", args.device]
+    given, _ = train.resolve(train.build_parser(), [*args.flags, *args.place, "--out", f"{args.out}/none"])
+    if given.lr_schedule != "constant" or given.steps < args.points:
+        raise ValueError(f"the {args.points} legs need --lr-schedule constant, and as many --steps")
+    args.legs = [given.steps * (i + 1) // args.points for i in range(args.points)]
+    args.decoder = ["--device", args.device]
+    for name in ("vae", "vae_weights", "latent_stats"):
+        if getattr(given, name) is not None:
+            args.decoder += [f"--{name.replace('_', '-')}", getattr(given, name)]
+    return args, given
+
+
+def same_comparison(path, settings):
+    """Write the settings to `path`, or find the same there. ValueError where they differ."""
+    if not path.exists():
+        return path.write_text(json.dumps(settings, indent=1) + "\n")
+    old = json.loads(path.read_text())
+    for key, value in settings.items():
+        if old.get(key) != value:
+            raise ValueError(f"{path.parent} was started with {key} {old.get(key)}, not {value}; start another --out")
+
+
+def main(argv=None):
+    try:
+        args, given = prepare(sys.argv[1:] if argv is None else argv)
+        device, out = sample.pick_device(args.device), Path(args.out)
+        config = train.network(given)  # what does not fit together is said before anything slow
+        train.Folder = functools.lru_cache(1)(Folder)  # the legs' too: decoding CIFAR-10 takes ten seconds
+        skip = given.skip_broken, True
+        data = train.Folder(args.data, given.image_size, *skip) if args.data else Shapes(given.image_size, 10_000)
+        grid = config.input_size // config.patch_size
+        if args.learn_teacher is not None:
+            file = Path(args.encoder_weights)
+            args.teacher_accuracy = learn_teacher(args.encoder, file, data, args.learn_teacher, grid, device)
+            print(f"{args.encoder} of {file}: right on {args.teacher_accuracy:.1%} of images that it did not see")
+        train.load_encoder(args.encoder, grid, args.encoder_weights)
+        out.mkdir(parents=True, exist_ok=True)
+        distance, facts = meter(args, data, device)
+        if "accuracy" in facts:
+            print(f"FD-classifier: its network is right on {facts['accuracy']:.1%} of images that it did not see")
+        same = {name: getattr(args, name) for name in ("flags", "legs", "images", "sampling", "reference")}
+        same_comparison(out / "settings.json", dict(same, data_images=len(data), network=facts["sha256"]))
+    except (ValueError, OSError) as e:
+        build_parser().error(line(e))
+    with tqdm([*itertools.product(args.seeds, args.arms, args.legs)], "legs", unit="leg") as bar:
+        for seed, arm, step in bar:
+            bar.set_description(f"{arm}, seed {seed}, to step {step}")
+            folder = out / f"{arm}-seed{seed}"
+            if step not in [row["step"] for row in rows_of(folder / "distance.jsonl")]:
+                leg(args, folder, arm, seed, step)
+                measure(args, folder, step, distance)
+                report(args, facts)
+    print(f"{report(args, facts)}\n{out}: results.json, table.md, curves.png, samples.png")
+
+
+if __name__ == "__main__":
+    main()
