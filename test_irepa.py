@@ -29,6 +29,7 @@ import inputs.teachers as teachers
 import irepa
 import sample
 import train
+import variants.meanflow as meanflow
 import variants.repa_e as repa_e
 from experiments import convergence
 from inputs.images import BrokenImage, Folder, Shapes, center_crop, to_rgb
@@ -1409,6 +1410,149 @@ def test_jit_overfits_stops_and_resumes(tmp_path):
     assert wrong.mean() < 0.3 and wrong.max() < 0.7  # an image of the other class is wrong by 1
     run(*flags, "--out", tmp_path / "plain", "--steps", 2, "--align", "none")
     assert json.loads((tmp_path / "plain/log.jsonl").read_text())["align"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# MeanFlow
+
+
+def meanflow_model(**changes):
+    torch.manual_seed(0)
+    model = meanflow.MeanFlow(meanflow.Config(**{**TINY, **changes}))
+    for name, p in model.state_dict().items():
+        if name != "pos_embed":
+            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape)) * 0.1
+            p.copy_(torch.from_numpy(draw.astype(np.float32)))
+    return model.eval()
+
+
+def flow(seed=0, n=4):
+    x, noise = normal(seed, n, 4, 8, 8), normal(seed + 1, n, 4, 8, 8)
+    t, r = torch.linspace(0.9, 0.3, n), torch.linspace(0.1, 0.2, n)
+    z, v = interpolate(x, noise, t)
+    return z, t, r, torch.arange(n) % 10, v
+
+
+def test_meanflow_target_is_the_identity_by_finite_differences():
+    model = meanflow_model()
+    z, t, r, y, v = flow()
+    rows = torch.tensor([0, 2, 3])
+    with torch.no_grad():
+        target = meanflow.average_target(model, z, t, r, y, v, rows)
+        h = 5e-3  # along the path: z moves with v, t with 1, r stays
+        ahead, behind = (model(z + s * h * v, t + s * h, y, r)[0] for s in (1, -1))
+        expected = v - (t - r).view(-1, 1, 1, 1) * (ahead - behind) / (2 * h)
+    assert ((target - expected)[rows].square().mean() / (expected - v)[rows].square().mean()).item() < 1e-5
+    assert torch.equal(target[1], v[1]) and not torch.allclose(target[0], v[0], atol=1e-2)
+    still = meanflow.average_target(model, z, t, t, y, v, rows)  # r = t: flow matching
+    assert torch.equal(still, v)
+
+
+def test_meanflow_without_its_additions_is_flow_matching():
+    model = meanflow_model(share=0.0, omega=1.0, kappa=0.0, power=0.0).train()
+    config, x, y, target = model.config, normal(3, 4, 4, 8, 8), torch.arange(4), normal(4, 4, 16, 24)
+    losses = meanflow.loss(model, x, y, target, config, torch.Generator().manual_seed(2))
+    g = torch.Generator().manual_seed(2)
+    normals, noise, drop = torch.randn(4, 2, generator=g), torch.randn(x.shape, generator=g), torch.rand(4, generator=g)
+    t = torch.sigmoid(normals - 0.4).max(1)[0]
+    z, v = interpolate(x, noise, t)
+    u, tokens = model(z, t, torch.where(drop < 0.1, 10, y), t)
+    align = alignment_loss(tokens, spatial_norm(target, 0.6))
+    torch.testing.assert_close(losses["denoise"], (u - v).square().mean())
+    torch.testing.assert_close(losses["align"], align)
+    torch.testing.assert_close(losses["loss"], (u - v).square().mean() * x[0].numel() + align)
+
+
+def test_meanflow_weights_each_image_and_parts_make_a_whole():
+    model = meanflow_model().train()
+    config, x, y, target = model.config, normal(3, 8, 4, 8, 8), torch.arange(8), normal(4, 8, 16, 24)
+
+    def loss(part=(0, 1), rows=slice(None)):
+        return meanflow.loss(model, x[rows], y[rows], target[rows], config, torch.Generator().manual_seed(9), part)
+
+    whole = loss()
+    halves = [loss((i, 2), slice(4 * i, 4 * i + 4)) for i in range(2)]
+    for key in whole:
+        torch.testing.assert_close(whole[key], (halves[0][key] + halves[1][key]) / 2)
+    squares = torch.tensor([1e-3, 1.0, 50.0], requires_grad=True)
+    meanflow.weighted(squares, config).sum().backward()
+    torch.testing.assert_close(squares.grad, 1 / (squares.detach() + 0.01))
+    t, r, rows = meanflow.draw_times(torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)), 0, config)
+    assert len(rows) == 1000 and (r <= t).all() and torch.equal((r < t).nonzero()[:, 0], rows)
+    assert torch.logit(torch.cat([t[rows], r[rows]])).mean() == pytest.approx(-0.4, abs=0.1)
+
+
+def test_meanflow_guides_inside_the_target():
+    model = meanflow_model(omega=0.7, kappa=0.4, guidance_interval=(0.4, 0.8))
+    z, t, r, y, v = flow()
+    y[2] = 10  # dropped: nothing to guide to
+    with torch.no_grad():
+        cond, null = (model(z, t, label, t)[0] for label in (y, torch.full_like(y, 10)))
+    guided = 0.7 * v + 0.4 * cond - 0.1 * null
+    got = meanflow.guided_velocity(model, z, t, y, v, model.config)
+    assert t.tolist() == pytest.approx([0.9, 0.7, 0.5, 0.3])
+    torch.testing.assert_close(got[1], guided[1], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(got[i], v[i]) for i in (0, 2, 3))  # out of the interval, without a label
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_meanflow_sampling_of_a_known_flow_is_exact(steps):
+    class Straight(torch.nn.Module):  # every path ends in the image of its class: u = (z - image) / t
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x, t, y, r):
+            return (x - images[y]) / t.view(-1, 1, 1, 1), None
+
+    images = normal(5, 3, 3, 4, 4).double()
+    x = meanflow.sampler(Straight(), torch.tensor([2, 0]), normal(6, 2, 3, 4, 4).double(), None, steps=steps)
+    torch.testing.assert_close(x, images[[2, 0]])
+
+
+def test_meanflow_alignment_reaches_no_block_after_its_depth():
+    model = meanflow_model()
+    batch = normal(0, 4, 4, 8, 8), torch.tensor([1, 2, 3, 4]), normal(1, 4, 16, 24)
+    meanflow.loss(model, *batch, model.config)["align"].backward()
+    touched = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in model.blocks]
+    assert touched == [True, True, False, False]
+
+
+def test_meanflow_overfits_stops_and_resumes(tmp_path, capsys):
+    for name in ("black", "white"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (16, 16), name).save(tmp_path / "few" / name / f"{i}.png")
+    flags = [*RUN, "--data", tmp_path / "few", "--method", "meanflow", "--log-every", 20, "--sample-every", 0]
+    flags += "--lr 3e-3 --ema 0.9 --hidden-size 64 --class-dropout 0 --omega 1 --kappa 0 --align none".split()
+    run(*flags, "--out", tmp_path / "straight", "--steps", 120, "--lr-schedule", "cosine")
+    run(*flags, "--out", tmp_path / "stopped", "--steps", 3)
+    run("--resume", "--out", tmp_path / "stopped", "--steps", 6)
+    run(*flags, "--out", tmp_path / "six", "--steps", 6)
+    for which in ("model", "ema"):
+        other = weights(tmp_path / "stopped", which)
+        assert all(torch.equal(v, other[k]) for k, v in weights(tmp_path / "six", which).items())
+    rows = rows_of(tmp_path / "straight")
+    assert rows[-1]["denoise"] < 0.6 * rows[0]["denoise"]
+    sample.main(
+        ["--ckpt", f"{tmp_path}/straight/last.pt", "--num", "8", "--labels", "0,1", "--npz", f"{tmp_path}/s.npz"]
+    )
+    assert json.loads((tmp_path / "s.json").read_text())["steps"] == 1  # one evaluation an image
+    x = np.load(tmp_path / "s.npz")["arr_0"].mean((1, 2, 3))
+    assert x[0::2].mean() < 110 < 145 < x[1::2].mean()
+    with pytest.raises(SystemExit):
+        sample.main(
+            ["--ckpt", f"{tmp_path}/straight/last.pt", "--num", "2", "--cfg", "2", "--npz", f"{tmp_path}/t.npz"]
+        )
+    assert "meanflow has no --cfg" in capsys.readouterr().err
+    for wrong, message in (
+        ("--sample-cfg 2", "has no --sample-cfg"),
+        ("--kappa 1", "kappa lies in [0, 1)"),
+        ("--method irepa --align irepa", "unknown field 'omega'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(*flags, "--out", tmp_path / "x", *wrong.split())
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------
