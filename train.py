@@ -164,6 +164,7 @@ import json  # noqa: E402
 import math  # noqa: E402
 import multiprocessing  # noqa: E402
 import os  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 from contextlib import contextmanager, nullcontext  # noqa: E402
@@ -665,7 +666,10 @@ def save_checkpoint(out, state, keep):
     if keep:  # a second name of the same file costs nothing until last.pt is another
         numbered = out / f"step-{state['step']:07d}.pt"
         numbered.unlink(missing_ok=True)
-        os.link(out / "last.pt", numbered)
+        try:
+            os.link(out / "last.pt", numbered)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(out / "last.pt", numbered)
         for old in sorted(out.glob("step-*.pt"))[:-keep]:
             old.unlink()
 
