@@ -1590,6 +1590,17 @@ def test_repa_e_stops_resumes_and_samples(photos, tmp_path, capsys):
     assert "the checkpoint's VAE cannot be used" in capsys.readouterr().err
 
 
+def test_repa_e_on_two_ranks_equals_one_process(photos, tmp_path):
+    # the discriminator alone sees a process's own share: without it nothing but rounding may differ
+    flags = [*JOINT, "--data", photos, "--gan-coeff", 0, "--lr", 1e-4, "--log-every", 1, "--sample-every", 0, "--out"]
+    run(*flags, tmp_path / "one", "--steps", 3)
+    torchrun("train.py", *flags, tmp_path / "two", "--steps", 3)
+    one, two = ([json.loads(r) for r in (tmp_path / n / "log.jsonl").open()] for n in ("one", "two"))
+    for row, other in zip(one, two, strict=True):
+        for key in "l1 kl vae_align loss denoise align grad_norm grad_norm_vae held_out".split():
+            assert row[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), (row["step"], key)
+
+
 def test_repa_e_overfits(tmp_path, monkeypatch):
     for name in ("black", "white"):
         (tmp_path / "few" / name).mkdir(parents=True)
