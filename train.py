@@ -49,8 +49,8 @@ DEMO_OF = {
     "jit": dict(model="JiT-S/4", steps=900, sample_every=300, ckpt_every=300, out="runs/jit-demo"),
     "meanflow": dict(omega=2.0, kappa=0.0, sample_cfg=1.0, out="runs/meanflow-demo"),
     "repa_e": dict(
-        model="SiT-S/1", vae="tiny", lpips="none", gan_coeff=0.01, disc_width=16, hidden_size=128, num_heads=4,
-        batch_size=16, steps=1200, sample_every=600, out="runs/repa-e-demo",
+        model="SiT-S/1", vae="tiny", lpips="none", vae_proj_coeff=0.5, gan_coeff=0.01, disc_width=16, hidden_size=128,
+        num_heads=4, batch_size=16, steps=1200, sample_every=600, out="runs/repa-e-demo",
     ),
 }  # fmt: skip
 

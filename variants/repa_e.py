@@ -17,11 +17,14 @@ are taken by torch.autograd.grad for the parameters of one network at a time: no
 latent is not scaled: `bn`, a batch norm without weights, comes before the SiT, in pass 1 by its running statistics
 (constants for the VAE), in pass 2 by those of the batch, which move the running ones.
 
-The paper's: all of that, the weights, AdamW with one learning rate for the three networks, norms clipped one by one, an
-EMA of the SiT and of bn's statistics alone. Its code has L1 where its text has a square; here it is L1. Ours, because
-no public code joins REPA-E and iREPA: the conv projector lies in the SiT and is frozen in pass 1 with it; the SiT's
-coefficient is iREPA's 1.0 (REPA-E: 0.5), the VAE's stays 1.5; bn starts from the statistics of 256 images, not of a
-file; LPIPS takes its images in [-1, 1] once (the release's first version scaled them twice).
+As released: all of that, the weights, AdamW with one learning rate for the three networks, norms clipped one by one,
+the discriminator from the first step on, an EMA of the SiT and of bn's statistics alone. The paper writes a squared
+error, the release has L1, and so has this. Ours, because no public code joins REPA-E and iREPA: the conv projector lies
+in the SiT and is frozen in pass 1 with it; the SiT's coefficient is iREPA's 1.0 (REPA-E: 0.5), the VAE's stays 1.5.
+Ours too: bn starts from the statistics of 256 images, not of a file, and is undone with its eps; the position table
+stays fixed (thawing the SiT, the release trains it); LPIPS takes its images in [-1, 1] once (the first release scaled
+them twice); the discriminator starts from random weights, so that --gan-coeff is a flag; its batch norm sees the images
+of one process, while all else is the same on any number of processes.
 """
 
 import atexit
@@ -43,7 +46,7 @@ import irepa
 from inputs.images import line, workers_for
 from inputs.latents import read_pt
 from inputs.teachers import fast_bf16
-from irepa import Config, alignment_loss, interpolate, irepa_loss, spatial_norm
+from irepa import Config, draws, interpolate, irepa_loss, with_alignment
 from sample import sampler, save_grid, seeded, start_ranks, to_uint8, versions
 
 L1, LPIPS, KL = 1.0, 1.0, 1e-6  # weights in the VAE's loss, beside --gan-coeff and --vae-proj-coeff
@@ -137,17 +140,11 @@ def loss(model, z, y, target, config, generator=None, part=(0, 1)):
     return irepa_loss(model, model.bn(z), y, target, config, generator, part)
 
 
-def draw(sample, generator, part, size, *shape):
-    """Part (i, n) of what sample() draws for n * size rows: irepa_loss draws so."""
-    whole = sample(part[1] * size, *shape, generator=generator, device=generator.device)
-    return whole[part[0] * size : (part[0] + 1) * size]
-
-
 def posterior(vae, x, generator, part=(0, 1)):
     """Images [B, 3, H, W] in [-1, 1] -> (z [B, C, h, w], KL to the normal, summed per image, mean over images)."""
     found = vae.encode(x).latent_dist
     mean, logvar = found.mean.float(), found.logvar.float()
-    z = mean + (logvar / 2).exp() * draw(torch.randn, generator, part, len(x), *mean.shape[1:]).to(x.device)
+    z = mean + (logvar / 2).exp() * draws(x, generator, part)(torch.randn, *mean.shape[1:])
     return z, 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
 
 
@@ -156,16 +153,14 @@ def frozen_alignment(model, z, y, target, config, generator, part=(0, 1)):
 
     Call it in eval mode and with a generator in the state that loss() finds: no label is dropped, bn stays put.
     """
-    t = draw(torch.rand, generator, part, len(z)).to(z.device)
-    noise = draw(torch.randn, generator, part, len(z), *z.shape[1:]).to(z.device)
+    draw = draws(z, generator, part)
+    t, noise = draw(torch.rand), draw(torch.randn, *z.shape[1:])
     x_t, _ = interpolate(model.bn(z), noise, t, config.path)
-    if config.gamma is not None:
-        target = spatial_norm(target, config.gamma)
-    return alignment_loss(model.tokens(x_t, t, y), target)
+    return with_alignment(z.new_zeros(()), model.tokens(x_t, t, y), target, config)["align"]
 
 
 def vae_loss(model, vae, disc, x, y, target, config, coeffs, perceptual, noise, twin, part=(0, 1)):
-    """-> (dict of scalars: loss, l1, lpips, kl, gan, vae_align; z; the reconstruction of x) (REPA-E, eq. 3).
+    """-> (dict of scalars: loss, l1, lpips, kl, gan, vae_align; z; the reconstruction of x) (REPA-E, section 3).
 
     x [B, 3, H, W] in [-1, 1]; target as in irepa_loss. coeffs weigh alignment and GAN, perceptual is load_lpips's.
     noise draws the posterior's sample, twin what frozen_alignment takes.
@@ -198,7 +193,7 @@ def set_gradients(loss, params):
         flat = flat.div_(dist.get_world_size()).split([g.numel() for g in grads])
         grads = [part.view_as(g) for part, g in zip(flat, grads)]
     for p, g in zip(params, grads):
-        p.grad = g
+        p.grad = g.contiguous()  # some come channels last, and a fused step reads them in the order of memory
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -285,7 +280,10 @@ def train(args, config, data, teacher, latent, device, checkpoint=None, *, perce
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     nets = dict(model=model, vae=vae, disc=disc)
     params = {name: [p for p in net.parameters() if p.requires_grad] for name, net in nets.items()}
-    opts = {name: torch.optim.AdamW(ps, lr=args.lr, weight_decay=0.0, fused=True) for name, ps in params.items()}
+    opts = {
+        name: torch.optim.AdamW(ps, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
+        for name, ps in params.items()
+    }
     parts = dict(model=model, ema=ema, vae=vae, discriminator=disc)
     parts.update(opt=opts["model"], opt_vae=opts["vae"], opt_disc=opts["disc"])
     start, seconds = 0, 0.0
@@ -358,7 +356,10 @@ def train(args, config, data, teacher, latent, device, checkpoint=None, *, perce
             losses.update(loss(model, z.detach(), labels, target, config, again, part))
         set_gradients(losses["loss"], params["model"])
 
-        norms = {name: torch.nn.utils.clip_grad_norm_(ps, args.clip) for name, ps in params.items()}
+        norms = {
+            name: torch.nn.utils.clip_grad_norm_(ps, math.inf if args.clip is None else args.clip)
+            for name, ps in params.items()
+        }
         losses.update(grad_norm=norms["model"], grad_norm_vae=norms["vae"], grad_norm_disc=norms["disc"])
         skips[step - since] = skip = (
             ~torch.isfinite(sum(norms.values()))
@@ -428,4 +429,5 @@ def train(args, config, data, teacher, latent, device, checkpoint=None, *, perce
         raise SystemExit(base.STOPPED)
     if rank == 0:
         cfg = f" --cfg {args.sample_cfg:g}" if args.sample_cfg != 1 else ""
-        print(f"{out}/samples and {out}/curves.png show the run; next: python sample.py --ckpt {out}/last.pt{cfg}")
+        shown = f"{out}/samples and {out}/curves.png show" if args.sample_every else f"{out}/curves.png shows"
+        print(f"{shown} the run; next: python sample.py --ckpt {out}/last.pt{cfg}")
