@@ -51,7 +51,8 @@ class Config:
             if not ok:
                 raise ValueError(message)
 
-        for name in "input_size patch_size in_channels hidden_size depth num_heads num_classes kernel_size".split():
+        positive = "input_size patch_size in_channels hidden_size depth num_heads num_classes kernel_size projector_dim"
+        for name in positive.split():
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         check(
             self.input_size % self.patch_size == 0,
@@ -233,6 +234,13 @@ def position_table(dim, side):
     return torch.cat([column, row], dim=2).reshape(1, side * side, dim).float()
 
 
+def xavier(module):
+    """Initialise a Linear as DiT does; a conv projector keeps PyTorch's own."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
 class SiT(nn.Module):
     """x [B, C, H, W], t [B] in [0, 1], y [B] int -> velocity like x, projected tokens [B, T, encoder_dim] or None."""
 
@@ -247,17 +255,15 @@ class SiT(nn.Module):
         self.pos_embed = nn.Parameter(position_table(c.hidden_size, side), requires_grad=False)
         self.blocks = nn.ModuleList(Block(c.hidden_size, c.num_heads, c.qk_norm) for _ in range(c.depth))
         self.projectors = nn.ModuleList()
-        if c.projector:
-            self.projectors.append(Projector(c.projector, c.hidden_size, c.encoder_dim, c.kernel_size, c.projector_dim))
         self.final_layer = FinalLayer(c.hidden_size, c.patch_size**2 * c.in_channels)
         self.initialize()
+        if c.projector:  # last, so that a seed gives the same trunk whatever the projector
+            self.projectors.append(Projector(c.projector, c.hidden_size, c.encoder_dim, c.kernel_size, c.projector_dim))
+            self.projectors.apply(xavier)
 
     def initialize(self):
-        """Every initialisation in one place. Zero gates and a zero last layer: a new model outputs exactly 0."""
-        for module in self.modules():  # a conv projector keeps PyTorch's own
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        """Every initialisation of the trunk. Zero gates and a zero last layer: a new model outputs exactly 0."""
+        self.apply(xavier)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a patch embedding is a Linear of a patch
         nn.init.zeros_(self.x_embedder.proj.bias)
         for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
