@@ -52,6 +52,7 @@ def build_parser():
     add("--align", choices=ALIGN, help="the same for the other methods")
     add("--projector", type=optional(str), default="conv", help="conv, mlp, linear or none")
     add("--kernel-size", type=int, default=3, help="of the conv projector")
+    add("--projector-dim", type=int, default=2048, help="hidden width of the mlp projector")
     add("--gamma", type=optional(float), default=0.6, help="of the spatial norm of the teacher's tokens, or none")
     add("--proj-coeff", type=float, default=1.0, help="weight of the alignment in the loss")
     add("--encoder-depth", type=int, help="align after this block; by size: 4 for S and B, 8 for L and XL")
@@ -221,7 +222,7 @@ def network(args, spec=None, num_classes=1000, encoder_dim=1):
     fields = dict(input_size=args.image_size // factor, in_channels=channels)
     fields.update(num_classes=num_classes, encoder_dim=encoder_dim)
     has = {field.name for field in dataclasses.fields(Config)}
-    for name in "projector kernel_size gamma proj_coeff qk_norm path class_dropout".split():
+    for name in "projector kernel_size projector_dim gamma proj_coeff qk_norm path class_dropout".split():
         if name in has:
             fields[name] = getattr(args, name)
         elif getattr(args, name) != build_parser().get_default(name):
