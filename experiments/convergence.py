@@ -22,6 +22,8 @@ OUT holds results.json (all curves), table.md, curves.png, samples.png (the arms
 
 import argparse
 import functools
+import hashlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -40,7 +42,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from inputs.images import Folder, Shapes, line  # noqa: E402
 from inputs.latents import write_whole  # noqa: E402
-from inputs.teachers import fast_bf16, read_weights  # noqa: E402
+from inputs.teachers import fast_bf16  # noqa: E402
 
 # The halves are REPA with one of iREPA's two changes, at REPA's coefficient of 0.5: the paper gives the coefficient 1
 # to the whole of iREPA only. `-- --proj-coeff X` gives one to all.
@@ -50,13 +52,6 @@ ARMS = {
     "irepa": "--method irepa",
     "conv-only": "--method repa --projector conv",
     "norm-only": "--method repa --gamma 0.6",
-}
-COLOURS = {
-    "sit": "tab:gray",
-    "repa": "tab:blue",
-    "irepa": "tab:red",
-    "conv-only": "tab:orange",
-    "norm-only": "tab:green",
 }
 # flags: of train.py; points: number of legs; images, sampling: of sample.py; learn: steps of the classifier, 128 images
 BUDGETS = {
@@ -114,18 +109,17 @@ class Classifier(nn.Module):
         return self.head(self.features(images))  # (B, classes)
 
 
-def fit(network, data, seen, unseen, steps, device, desc):
-    """Train network(images) -> logits on data[seen] by cross-entropy, in place -> accuracy on data[unseen].
+def fit(network, logits, data, steps, device, desc):
+    """Train `network` in place, logits(images uint8) being its answer -> accuracy on images that it does not see.
 
-    AdamW with one cycle of the learning rate, batches of 128, flips, shifts by up to an eighth of the side.
+    Cross-entropy, AdamW with one cycle of the learning rate, batches of 128, flips, shifts of up to an eighth.
     """
-    rng, parameters = np.random.default_rng(0), [p for p in network.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
+    seen, unseen = parts_of(data)
+    rng, opt = np.random.default_rng(0), torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
     cycle = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps, pct_start=0.2)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
     network.to(device).train()
-    bar = tqdm(range(steps), desc, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
-    for _ in bar:
+    for _ in tqdm(range(steps), desc, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30):
         images, labels = (a.to(device) for a in data[np.sort(rng.choice(seen, 128))])
         flips = torch.from_numpy(rng.random(128) < 0.5).to(device)
         images = torch.where(flips[:, None, None, None], images.flip(3), images)
@@ -133,7 +127,7 @@ def fit(network, data, seen, unseen, steps, device, desc):
         top, left = rng.integers(0, side // 4 + 1, 2)  # one shift a batch is cheap
         images = F.pad(images.float(), [side // 8] * 4, "reflect")[..., top : top + side, left : left + side]
         with autocast:
-            loss = F.cross_entropy(network(images), labels)
+            loss = F.cross_entropy(logits(images), labels)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -143,7 +137,7 @@ def fit(network, data, seen, unseen, steps, device, desc):
     with torch.no_grad():
         for part in np.array_split(unseen, -(-len(unseen) // 256)):
             images, labels = data[part]
-            right += (network(images.to(device)).argmax(1).cpu() == labels).sum().item()
+            right += (logits(images.to(device)).argmax(1).cpu() == labels).sum().item()
     return right / len(unseen)
 
 
@@ -160,7 +154,7 @@ def classifier_for(path, data, steps, device):
     torch.manual_seed(0)
     network = Classifier(len(data.classes))
     if not path.exists():
-        accuracy = fit(network, data, *parts_of(data), steps, device, "classifier")
+        accuracy = fit(network, network, data, steps, device, "classifier")
         state = dict(state_dict=network.state_dict(), accuracy=accuracy, classes=data.classes, steps=steps)
         write_whole(path, lambda f: torch.save(state, f))
     state = sample.read_checkpoint(path)
@@ -173,38 +167,26 @@ def classifier_for(path, data, steps, device):
 def learn_teacher(name, path, data, steps, grid, device):
     """A timm ViT trained to classify `data`, written to `path` as --encoder-weights reads it -> its accuracy.
 
-    It sees what teachers.ViT will show it: images normalised, and resized so that each of grid x grid patches is one
-    of ours. Its head keeps the size of timm's config, because timm then reads the file strictly.
+    It learns from what it will be shown as a teacher. Its head is as wide as timm's config says, not as there are
+    classes: only then does timm read the file strictly.
     """
     import timm  # late: 1.5 s that nothing else here waits for
 
     if path.exists():
         return sample.read_checkpoint(path).get("accuracy")
-    model_id = name.removeprefix("timm:")
-    if name == model_id or not timm.is_model(model_id) or not model_id.startswith(("vit", "test_vit", "deit")):
-        raise ValueError(f"--learn-teacher takes --encoder timm:<a ViT id of timm>, such as timm:test_vit3, not {name}")
-    cfg = timm.get_pretrained_cfg(model_id)
-    with torch.device("meta"):
-        patch = timm.create_model(model_id).patch_embed.patch_size[0]
+    shown = train.load_encoder(name, grid, "random", device)  # it knows size, mean and std; and says what is no ViT
     torch.manual_seed(0)
-    model = timm.create_model(model_id, img_size=grid * patch)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (cfg.mean, cfg.std))
+    model = timm.create_model(shown.timm_id, img_size=shown.side)
 
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
+    def logits(images):
+        x = (images.float() / 255 - shown.mean) / shown.std
+        x = F.interpolate(x, (shown.side, shown.side), mode=shown.resize, align_corners=False)
+        return model(x)[:, : len(data.classes)]
 
-        def forward(self, images):
-            x = (images.float() / 255 - mean) / std
-            x = F.interpolate(x, (grid * patch, grid * patch), mode=cfg.interpolation, align_corners=False)
-            return model(x)[:, : len(data.classes)]
-
-    accuracy = fit(Network(), data, *parts_of(data), steps, device, "teacher")
+    accuracy = fit(model, logits, data, steps, device, "teacher")
     path.parent.mkdir(parents=True, exist_ok=True)
     state = dict(state_dict=model.cpu().state_dict(), accuracy=accuracy, steps=steps)
     write_whole(path, lambda f: torch.save(state, f))
-    read_weights(path)  # as the loop will
     return accuracy
 
 
@@ -234,31 +216,31 @@ def batches_of_npz(path, size=250):
         yield torch.from_numpy(images[i : i + size]).permute(0, 3, 1, 2)
 
 
-def meter(args, data, images, steps, device):
-    """-> (distance(batches) to the training images or --reference, facts about it for results.json)."""
+def meter(args, data, device):
+    """-> (distance(batches of uint8 [B, 3, H, W]) to the training images or --reference, facts about it)."""
     if args.inception:
         network, digest = fid.load_inception(args.inception, device)
-        features, facts = lambda x: network(x)[0], dict(name="FID", inception_sha256=digest)
+        features, facts = lambda x: network(x)[0], dict(name="FID", sha256=digest)
     else:
         path = Path(args.classifier or f"{args.out}/classifier.pt")
-        network, accuracy = classifier_for(path, data, steps, device)
-        features, facts = network.features, dict(name="FD-classifier", classifier_accuracy=accuracy)
-    training, unseen = train.split(len(data))[0], parts_of(data)[1]
+        network, accuracy = classifier_for(path, data, args.learn, device)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        features, facts = network.features, dict(name="FD-classifier", sha256=digest, accuracy=accuracy)
     if args.reference:
         stored = np.load(args.reference)
         if not {"mu", "sigma"} <= set(stored):
             raise ValueError(f"--reference {args.reference} holds no mu and sigma: make it with fid.py --save-stats")
         reference = stored["mu"], stored["sigma"]
     else:
+        training, _ = train.split(len(data))
         bar = tqdm(batches_of(data, training), "reference", -(-len(training) // 250), leave=False)
         reference = moments_of(features, bar, device)
 
     def distance(batches):
         return fid.frechet_distance(*moments_of(features, batches, device), *reference)
 
-    # what as many photographs would get: no arm can be expected below it
-    facts.update(images=images, of_real_images=distance(batches_of(data, unseen[:images])))
-    facts.update(real_images=len(unseen[:images]))
+    real = parts_of(data)[1][: args.images]
+    facts.update(samples=args.images, real=len(real), of_real=distance(batches_of(data, real)))  # what to hope for
     return distance, facts
 
 
@@ -275,30 +257,31 @@ def call(module, flags, processes):
         raise SystemExit(run.returncode)  # it has said why
 
 
-def leg(folder, flags, step, processes):
+def leg(args, folder, arm, seed, step):
     """Train the run in `folder` up to `step`, from wherever it is."""
     last = folder / "last.pt"
     if last.exists() and sample.read_checkpoint(last)["step"] >= step:
         return
+    flags = [*args.flags, *args.place, *ARMS[arm].split(), "--seed", str(seed)]
+    flags += ["--out", str(folder), "--steps", str(step)]
     if last.exists() or (folder / "config.json").exists():
-        flags = [*flags, "--resume"]
+        flags += ["--resume"]
     elif folder.exists():
         folder.rmdir()  # stopped before it wrote anything
-    call(train, [*flags, "--out", str(folder), "--steps", str(step)], processes)
+    call(train, flags, args.processes)
 
 
-def measure(folder, step, plan, distance, processes):
-    """Samples of the EMA at `step` -> OUT/ARM-seedN/samples.npz; their distance is added to distance.jsonl."""
+def measure(args, folder, step, distance):
+    """Draw OUT/ARM-seedN/samples-STEP.npz from the EMA, and add its distance to distance.jsonl."""
     npz = folder / f"samples-{step}.npz"
     if not npz.exists():  # what bears the name is whole
-        flags = f"--ckpt {folder}/last.pt --num {plan['images']} --labels balanced --seed 0 {plan['sampling']}"
-        call(sample, [*flags.split(), "--npz", str(npz), *plan["decoder"]], processes)
-    row = dict(step=step, distance=distance(batches_of_npz(npz)))
+        flags = f"--num {args.images} --labels balanced --seed 0 {args.sampling}".split()
+        flags += ["--ckpt", str(folder / "last.pt"), "--npz", str(npz), *args.decoder]
+        call(sample, flags, args.processes)
     with open(folder / "distance.jsonl", "a") as f:
-        f.write(json.dumps(row) + "\n")
-    for old in folder.glob("samples-*.npz"):  # only the last set is kept
-        if old != npz:
-            old.unlink()
+        f.write(json.dumps(dict(step=step, distance=distance(batches_of_npz(npz)))) + "\n")
+    for old in {*folder.glob("samples-*.npz")} - {npz}:
+        old.unlink()
 
 
 def rows_of(path):
@@ -311,113 +294,102 @@ def rows_of(path):
 # What came out
 
 
-def collect(out, arms, seeds):
-    """The curves of the runs that have begun: a list of dict(arm, seed, steps, held_out, points, distance)."""
+def collect(args):
+    """The runs that have begun: dict(arm, seed, images_per_s, and {step: value} of held_out, align, distance)."""
     runs = []
-    for arm in arms:
-        for seed in seeds:
-            folder = out / f"{arm}-seed{seed}"
-            log, far = rows_of(folder / "log.jsonl"), rows_of(folder / "distance.jsonl")
-            curves = dict(steps=[r["step"] for r in log], held_out=[r["held_out"] for r in log])
-            curves.update(align=[r["align"] for r in log], images_per_s=[r["images_per_s"] for r in log])
-            curves.update(points=[r["step"] for r in far], distance=[r["distance"] for r in far])
-            if log:
-                runs.append(dict(arm=arm, seed=seed, **curves))
+    for arm, seed in itertools.product(args.arms, args.seeds):
+        folder = Path(args.out) / f"{arm}-seed{seed}"
+        log, far = rows_of(folder / "log.jsonl"), rows_of(folder / "distance.jsonl")
+        if log:
+            curves = {name: {row["step"]: row[name] for row in log} for name in ("held_out", "align")}
+            curves["distance"] = {row["step"]: row["distance"] for row in far}
+            speed = statistics.median(row["images_per_s"] for row in log)
+            runs.append(dict(arm=arm, seed=seed, images_per_s=speed, **curves))
     return runs
 
 
-def at(run, metric, step):
-    """A run's held_out or distance at a step, or None."""
-    steps = run["steps" if metric == "held_out" else "points"]
-    return run[metric][steps.index(step)] if step in steps else None
-
-
-def mean_spread(values, digits):
-    """'mean ± standard deviation' of several seeds; one value has no spread."""
-    if not values:
-        return "–"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+def against_sit(runs, metric):
+    """[(arm, {step: value - that of sit with the same seed})] of the runs for which there is one."""
+    base = {run["seed"]: run[metric] for run in runs if run["arm"] == "sit"}
+    pairs = [(run, base.get(run["seed"], {})) for run in runs if run["arm"] != "sit"]
+    return [(run["arm"], {s: v - sit[s] for s, v in run[metric].items() if s in sit}) for run, sit in pairs]
 
 
 def table(runs, step, facts):
-    """Markdown: an arm a row, at `step`: mean ± standard deviation over seeds; differences are of equal seeds."""
+    """Markdown, an arm a row, at `step`: mean ± standard deviation over seeds."""
+
+    def cell(curves, arm, digits):
+        values = [curve[step] for name, curve in curves if name == arm and step in curve]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}" if values else "–"
+
     name = facts["name"]
-    lines = [
-        f"Step {step}; {name} of {facts['images']} samples to the training images; {facts['real_images']} photographs"
-        f" that the classifier did not learn from have {facts['of_real_images']:.2f}."
-        if name != "FID"
-        else f"Step {step}; FID of {facts['images']} samples; {facts['real_images']} real images have"
-        f" {facts['of_real_images']:.2f}.",
-        "",
-        f"| arm | seeds | held-out loss | below sit, same seed | {name} | below sit, same seed | images/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    base = {run["seed"]: run for run in runs if run["arm"] == "sit"}
+    out = f"Step {step}, mean ± standard deviation over seeds; {name} of {facts['samples']} samples, where"
+    out += f" {facts['real']} real images have {facts['of_real']:.2f}.\n\n"
+    out += f"| arm | seeds | held-out loss | minus sit's, same seed | {name} | minus sit's, same seed | images/s |\n"
+    out += "|---|---|---|---|---|---|---|\n"
     for arm in dict.fromkeys(run["arm"] for run in runs):
-        own = [run for run in runs if run["arm"] == arm and at(run, "distance", step) is not None]
+        own = [run for run in runs if run["arm"] == arm and step in run["distance"]]
         cells = [arm, str(len(own))]
-        for metric, digits in (("held_out", 4), ("distance", 3)):
-            pairs = [(at(run, metric, step), base.get(run["seed"])) for run in own]
-            less = [at(sit, metric, step) - v for v, sit in pairs if sit and at(sit, metric, step) is not None]
-            cells += [mean_spread([v for v, _ in pairs], digits), mean_spread(less, digits) if arm != "sit" else ""]
-        speeds = [statistics.median(run["images_per_s"]) for run in own]
-        lines.append(f"| {' | '.join(cells)} | {statistics.median(speeds) if speeds else 0:.0f} |")
-    return "\n".join(lines) + "\n"
+        for metric, digits in (("held_out", 4), ("distance", 2)):
+            cells += [cell([(arm, run[metric]) for run in own], arm, digits)]
+            cells += [cell(against_sit(runs, metric), arm, digits)]
+        cells += [f"{statistics.median(run['images_per_s'] for run in own):.0f}" if own else "–"]
+        out += f"| {' | '.join(cells)} |\n"
+    return out
 
 
 def plot(runs, facts, path):
-    """Held-out loss and distance against steps: the mean over seeds, from least to most as a band."""
+    """Held-out loss, its difference to sit's, and distance against steps: mean over seeds, least to most as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axis, metric, label in zip(axes, ("held_out", "distance"), ("held-out denoising loss", facts["name"])):
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    panels = {
+        "held-out denoising loss": [(run["arm"], run["held_out"]) for run in runs],
+        "held-out loss minus sit's, same seed": against_sit(runs, "held_out"),
+        facts["name"]: [(run["arm"], run["distance"]) for run in runs],
+    }
+    for axis, (label, curves) in zip(axes, panels.items()):
         ends = []
-        for arm in dict.fromkeys(run["arm"] for run in runs):
-            own = [run for run in runs if run["arm"] == arm]
-            steps = sorted({s for run in own for s in run["steps" if metric == "held_out" else "points"]})
-            steps = [s for s in steps if all(at(run, metric, s) is not None for run in own)]
-            values = np.array([[at(run, metric, s) for s in steps] for run in own])
-            if not steps:
-                continue
-            axis.plot(steps, values.mean(0), color=COLOURS[arm], marker="o" if metric == "distance" else None)
-            axis.fill_between(steps, values.min(0), values.max(0), color=COLOURS[arm], alpha=0.15, linewidth=0)
-            ends.append([values[:, -1].mean(), steps[-1], arm])
-        axis.set(xlabel="step", ylabel=label, yscale="log")
-        if metric == "distance":
-            axis.axhline(facts["of_real_images"], color="black", linestyle=":", linewidth=1)
+        for i, arm in enumerate(ARMS):
+            own = [curve for name, curve in curves if name == arm]
+            steps = sorted({step for curve in own for step in curve})
+            if steps:
+                values = [[curve[step] for curve in own if step in curve] for step in steps]
+                mean = [statistics.mean(v) for v in values]
+                axis.plot(steps, mean, color=f"C{i}", marker="o" if label == facts["name"] else None)
+                axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=f"C{i}", alpha=0.15, lw=0)
+                ends.append((mean[-1], steps[-1], arm, f"C{i}"))
+        axis.set(xlabel="step", ylabel=label, yscale="linear" if "minus" in label else "log")
         axis.grid(alpha=0.3, which="both")
-        axis.margins(x=0.02)
-        height = None
-        for value, step, arm in sorted(ends):  # beside the curves, from below, no two on one another
-            wanted = axis.transAxes.inverted().transform(axis.transData.transform((step, value)))[1]
-            height = wanted if height is None else max(wanted, height + 0.05)
-            axis.annotate(
-                arm, (step, value), (1.02, height), textcoords="axes fraction", color=COLOURS[arm], va="center",
-                arrowprops=dict(arrowstyle="-", color=COLOURS[arm], linewidth=0.5),
-            )  # fmt: skip
+        height = -1.0
+        for value, step, arm, colour in sorted(ends):  # beside the curves, from below, no two on one another
+            place = axis.transAxes.inverted().transform(axis.transData.transform((step, value)))
+            height = max(place[1], height + 0.05)
+            axis.text(1.02, height, arm, color=colour, transform=axis.transAxes, va="center")
+    axes[1].axhline(0, color="C0", linewidth=1)
+    axes[2].axhline(facts["of_real"], color="black", linestyle=":", linewidth=1)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def report(out, arms, seeds, plan, facts, settings):
-    """results.json, table.md, curves.png and samples.png in OUT, from what is there so far."""
-    runs = collect(out, arms, seeds)
-    done = [s for s in plan["legs"] if any(at(run, "distance", s) is not None for run in runs)]
-    everything = dict(settings=settings, distance=facts, runs=runs, **sample.versions())
-    text = json.dumps(everything, indent=1)
-    write_whole(out / "results.json", lambda f: f.write(text.encode() + b"\n"))
-    words = "".join(table(runs, step, facts) + "\n" for step in reversed(done))
-    write_whole(out / "table.md", lambda f: f.write(words.encode()))
+def report(args, facts):
+    """results.json, table.md, curves.png and samples.png in OUT, from what is there so far -> the newest table."""
+    out, runs = Path(args.out), collect(args)
+    done = [step for step in args.legs if any(step in run["distance"] for run in runs)]
+    everything = dict(settings=vars(args), distance=facts, runs=runs, **sample.versions())
+    (out / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
+    tables = [table(runs, step, facts) for step in reversed(done)]
+    (out / "table.md").write_text("\n".join(tables))
     plot(runs, facts, out / "curves.png")
-    rows = {arm: out / f"{arm}-seed{seeds[0]}" / f"samples-{plan['legs'][-1]}.npz" for arm in arms}
-    rows = {arm: next(batches_of_npz(npz, 10)) for arm, npz in rows.items() if npz.exists()}
+    sets = {arm: out / f"{arm}-seed{args.seeds[0]}" / f"samples-{args.legs[-1]}.npz" for arm in args.arms}
+    rows = {arm: next(batches_of_npz(npz, 10)) for arm, npz in sets.items() if npz.exists()}
     if rows:
-        sample.save_grid(torch.cat([*rows.values()]), list(rows), out / "samples.png")
-    return table(runs, done[-1], facts)
+        sample.save_grid(torch.cat([*rows.values()]), [*rows], out / "samples.png")
+    return tables[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -426,11 +398,9 @@ def report(out, arms, seeds, plan, facts, settings):
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="%(prog)s [flags] [-- flags of train.py]",
-        allow_abbrev=False,
-    )
+    )  # fmt: skip
     add = parser.add_argument
     add("--data", metavar="PATH", help="folder of class folders, or a .zip of one; drawn shapes without it")
     add("--budget", default="minutes", choices=BUDGETS, help="sizes of model and run; minutes is for two CPU cores")
@@ -439,7 +409,7 @@ def build_parser():
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--encoder", default="hog", help="the teacher, as in train.py")
     add("--encoder-weights", metavar="FILE", help="as in train.py")
-    add("--learn-teacher", type=int, nargs="?", const=0, metavar="STEPS", help="make that FILE first, on --data")
+    add("--learn-teacher", type=int, metavar="STEPS", help="make that file first, in as many steps on --data")
     add("--images", type=int, help="samples for the distance")
     add("--inception", metavar="FILE", help="weights as fid.py takes them: the distance is then FID")
     add("--reference", metavar="FILE", help="statistics of fid.py --save-stats, instead of the training images'")
@@ -449,47 +419,44 @@ def build_parser():
     return parser
 
 
-def prepare(parser, argv):
-    """argv -> (args, plan). plan: flags of train.py for all arms, legs, what sampling takes. ValueError if unfit."""
-    argv = [str(a) for a in (sys.argv[1:] if argv is None else argv)]
+def prepare(argv):
+    """argv -> (args with what the budget says, train.py's args). ValueError where flags do not fit together.
+
+    args.flags are train.py's for every arm; args.place are more of them, which say where it runs and on what.
+    """
     cut = argv.index("--") if "--" in argv else len(argv)
-    args, extra = parser.parse_args(argv[:cut]), argv[cut + 1 :]
-    for name in OURS:
-        if any(flag.split("=")[0] == f"--{name}" for flag in extra):
-            raise ValueError(f"--{name} after -- is set by convergence.py for each arm; leave it out there")
+    args, extra = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
+    for flag in {f.split("=")[0] for f in extra} & {f"--{name}" for name in OURS}:
+        raise ValueError(f"{flag} after -- is what convergence.py sets itself: leave it out there")
     if args.reference and not args.inception:
-        raise ValueError("--reference holds FID statistics: it goes with --inception FILE")
+        raise ValueError("--reference holds statistics for FID: it goes with --inception FILE")
     if args.learn_teacher is not None and not args.encoder_weights:
         raise ValueError("--learn-teacher writes the file of --encoder-weights: name it")
-    if args.processes < 1 or len({*args.seeds}) < len(args.seeds) or len({*args.arms}) < len(args.arms):
-        raise ValueError("--processes is at least 1, and --arms and --seeds are named once each")
-    plan = dict(BUDGETS[args.budget])
-    plan["images"] = args.images or plan["images"]
-    if plan["images"] < 2 or (args.learn_teacher or 1) < 1:
-        raise ValueError("--images is at least 2, and --learn-teacher at least 1 step")
-    flags = [*plan["flags"].split(), *"--lr-schedule constant --ema-warmup --sample-every 0".split()]
-    flags += ["--data", args.data] if args.data else ["--demo"]
-    flags += ["--encoder", args.encoder, "--device", args.device]
-    flags += ["--encoder-weights", args.encoder_weights] if args.encoder_weights else []
-    plan["flags"] = [*flags, *extra]
-    given = train.build_parser().parse_args(plan["flags"])
-    if given.lr_schedule != "constant":
-        raise ValueError("the runs are trained in legs: --lr-schedule stays constant")
-    if given.steps < plan["points"]:
-        raise ValueError(f"--steps {given.steps} are too few for {plan['points']} points of the curve")
-    plan["legs"] = [given.steps * (i + 1) // plan["points"] for i in range(plan["points"])]
-    plan["decoder"] = ["--device", args.device]
+    budget = {k: v for k, v in BUDGETS[args.budget].items() if k != "images" or args.images is None}
+    vars(args).update(budget)
+    if args.images < 2 or args.processes < 1 or (args.learn_teacher or 1) < 1:
+        raise ValueError("--images is at least 2, --processes and --learn-teacher at least 1")
+    args.arms, args.seeds = [*dict.fromkeys(args.arms)], [*dict.fromkeys(args.seeds)]
+    args.flags = [*args.flags.split(), *"--lr-schedule constant --ema-warmup --sample-every 0".split()]
+    args.flags += ["--encoder", args.encoder, *extra]
+    args.place = ["--data", args.data] if args.data else ["--demo"]
+    args.place += ["--encoder-weights", args.encoder_weights] if args.encoder_weights else []
+    args.place += ["--device", args.device]
+    given, _ = train.resolve(train.build_parser(), [*args.flags, *args.place, "--out", f"{args.out}/none"])
+    if given.lr_schedule != "constant" or given.steps < args.points:
+        raise ValueError(f"the {args.points} legs need --lr-schedule constant, and as many --steps")
+    args.legs = [given.steps * (i + 1) // args.points for i in range(args.points)]
+    args.decoder = ["--device", args.device]
     for name in ("vae", "vae_weights", "latent_stats"):
         if getattr(given, name) is not None:
-            plan["decoder"] += [f"--{name.replace('_', '-')}", getattr(given, name)]
-    return args, plan, given
+            args.decoder += [f"--{name.replace('_', '-')}", getattr(given, name)]
+    return args, given
 
 
 def same_comparison(path, settings):
-    """Write the settings to `path`, or find them there. ValueError where they differ."""
+    """Write the settings to `path`, or find the same there. ValueError where they differ."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return write_whole(path, lambda f: f.write(json.dumps(settings, indent=1).encode()))
+        return path.write_text(json.dumps(settings, indent=1) + "\n")
     old = json.loads(path.read_text())
     for key, value in settings.items():
         if old.get(key) != value:
@@ -497,39 +464,36 @@ def same_comparison(path, settings):
 
 
 def main(argv=None):
-    parser = build_parser()
     try:
-        args, plan, given = prepare(parser, argv)
+        args, given = prepare(sys.argv[1:] if argv is None else argv)
         device, out = sample.pick_device(args.device), Path(args.out)
-        # each leg asks for the same images; decoding CIFAR-10 takes ten seconds
-        train.Folder = functools.lru_cache(1)(Folder)
-        data = train.Folder(args.data, given.image_size, given.skip_broken, True) if args.data else None
-        data = data or Shapes(given.image_size, 10_000)
-        settings = dict(train=plan["flags"], images=plan["images"], sampling=plan["sampling"], legs=plan["legs"])
-        settings.update(inception=args.inception, reference=args.reference, data_images=len(data))
-        same_comparison(out / "settings.json", settings)
+        config = train.network(given)  # what does not fit together is said before anything slow
+        train.Folder = functools.lru_cache(1)(Folder)  # the legs' too: decoding CIFAR-10 takes ten seconds
+        skip = given.skip_broken, True
+        data = train.Folder(args.data, given.image_size, *skip) if args.data else Shapes(given.image_size, 10_000)
+        grid = config.input_size // config.patch_size
         if args.learn_teacher is not None:
-            config = train.network(given)
-            where = args.encoder, Path(args.encoder_weights), data, args.learn_teacher or plan["learn"]
-            accuracy = learn_teacher(*where, config.input_size // config.patch_size, device)
-            print(f"the teacher {args.encoder} of {args.encoder_weights} classifies {accuracy:.1%} of unseen images")
-            settings["teacher_accuracy"] = accuracy
-        distance, facts = meter(args, data, plan["images"], plan["learn"], device)
+            file = Path(args.encoder_weights)
+            args.teacher_accuracy = learn_teacher(args.encoder, file, data, args.learn_teacher, grid, device)
+            print(f"{args.encoder} of {file}: right on {args.teacher_accuracy:.1%} of images that it did not see")
+        train.load_encoder(args.encoder, grid, args.encoder_weights)
+        out.mkdir(parents=True, exist_ok=True)
+        distance, facts = meter(args, data, device)
+        if "accuracy" in facts:
+            print(f"FD-classifier: its network is right on {facts['accuracy']:.1%} of images that it did not see")
+        same = {name: getattr(args, name) for name in ("flags", "legs", "images", "sampling", "reference")}
+        same_comparison(out / "settings.json", dict(same, data_images=len(data), network=facts["sha256"]))
     except (ValueError, OSError) as e:
-        parser.error(line(e))
-    if "classifier_accuracy" in facts:
-        print(f"FD-classifier: the network classifies {facts['classifier_accuracy']:.1%} of images it did not see")
-    todo = [(seed, arm, step) for seed in args.seeds for arm in args.arms for step in plan["legs"]]
-    words = ""
-    with tqdm(todo, "legs", unit="leg") as bar:
+        build_parser().error(line(e))
+    with tqdm([*itertools.product(args.seeds, args.arms, args.legs)], "legs", unit="leg") as bar:
         for seed, arm, step in bar:
             bar.set_description(f"{arm}, seed {seed}, to step {step}")
             folder = out / f"{arm}-seed{seed}"
             if step not in [row["step"] for row in rows_of(folder / "distance.jsonl")]:
-                leg(folder, [*plan["flags"], *ARMS[arm].split(), "--seed", str(seed)], step, args.processes)
-                measure(folder, step, plan, distance, args.processes)
-            words = report(out, args.arms, args.seeds, plan, facts, settings)
-    print(f"{words}\n{out}: results.json, table.md, curves.png, samples.png")
+                leg(args, folder, arm, seed, step)
+                measure(args, folder, step, distance)
+                report(args, facts)
+    print(f"{report(args, facts)}\n{out}: results.json, table.md, curves.png, samples.png")
 
 
 if __name__ == "__main__":
