@@ -3,8 +3,8 @@
     python experiments/convergence.py --data cifar10_train.zip                  two CPU cores, the HOG teacher
     python experiments/convergence.py                                           the same on drawn shapes, no data
     python experiments/convergence.py --data cifar10_train.zip --budget gpu --seeds 0
-    python experiments/convergence.py --data cifar10_train.zip --encoder timm:test_vit3 --encoder-weights vit.pt \\
-        --learn-teacher --out runs/convergence-vit
+    python experiments/convergence.py --data cifar10_train.zip --encoder timm:test_vit --encoder-weights vit.pt \\
+        --learn-teacher 1500 --classifier runs/convergence/classifier.pt --out runs/convergence-vit
     python experiments/convergence.py --budget paper --processes 8 --data data/imagenet/train --inception FILE \\
         --reference VIRTUAL.stats.npz --encoder dinov2_vitb14 -- --latents data/imagenet/latents-256
 
@@ -269,6 +269,9 @@ def leg(args, folder, arm, seed, step):
     elif folder.exists():
         folder.rmdir()  # stopped before it wrote anything
     call(train, flags, args.processes)
+    reached = sample.read_checkpoint(last)["step"] if last.exists() else 0
+    if reached < step:
+        raise SystemExit(f"convergence.py: {folder} was stopped at step {reached} of {step}; the same command goes on")
 
 
 def measure(args, folder, step, distance):
