@@ -1085,6 +1085,8 @@ def test_the_distance_of_equal_sets_is_zero(few, tmp_path):
     assert distance([255 - data[training][0]]) > 10 * distance([data[held.flatten()][0]]) > 0
     seen, unseen = convergence.parts_of(data)
     assert sorted([*seen, *unseen, *held.flatten()]) == list(range(200))
+    first = convergence.parts_of(range(50_000))[1][:500]  # files lie class by class: the first must not be of one class
+    assert len(np.unique(first // 5000)) == 10
 
 
 def test_a_teacher_is_learned_and_read_back(tmp_path, monkeypatch):
