@@ -740,7 +740,8 @@ def test_two_ranks_equal_one_process(photos, tmp_path):
     torchrun("train.py", *flags, tmp_path / "two")
     for name in ("parts", "two"):
         for k, v in weights(tmp_path / "one").items():
-            torch.testing.assert_close(weights(tmp_path / name)[k], v, rtol=1e-4, atol=1e-6)
+            # of steps of 1e-3: where a gradient is near Adam's epsilon, its rounding shows
+            torch.testing.assert_close(weights(tmp_path / name)[k], v, rtol=1e-4, atol=2e-5)
     rows = [json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[-1]) for n in ("one", "two")]
     for key in ("loss", "denoise", "align", "held_out", "grad_norm"):
         assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4)
