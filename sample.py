@@ -19,14 +19,15 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -36,7 +37,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 from inputs.images import line
-from inputs.latents import decode, load_vae, same_spec, write_whole
+from inputs.latents import SPEC, decode, load_vae, lock, read_pt, same_spec, write_whole
 from irepa import SIZES, Config, SiT, irepa_loss, path_coefficients
 
 VARIANTS = ()  # the files of variants/
@@ -197,7 +198,7 @@ def save_grid(images, names, path):
         grid.paste(tile, (margin + i % columns * cell, i // columns * cell + 2))
     for row, name in enumerate(names):
         draw.text((8, (row + 0.5) * cell), name, fill="black", font=font, anchor="lm")
-    grid.save(path)
+    write_whole(path, lambda f: grid.save(f, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -208,18 +209,18 @@ def read_checkpoint(path):
     """The dict in a .pt file, without executing anything in it. FileNotFoundError, or ValueError saying why not."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the released files hold one
-            # the format before torch 1.6 is no zip, and cannot be mapped
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as e:
-        name = re.search(r"GLOBAL ([\w.]+)", str(e))
-        why = f"it would call {name[1]}" if name else line(e)[:200]
-        raise ValueError(f"{path} is refused: it is no checkpoint, or would run code when loaded ({why})") from e
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as e:
-        raise ValueError(f"{path} is damaged or not a checkpoint ({line(e)[:200]})") from e
+    data = read_pt(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}, not a checkpoint")
+    spec, names, step = data.get("latent"), data.get("classes"), data.get("step", data.get("steps", 0))
+    if "settings" in data:  # ours: what lies beside the weights is used, too
+        kinds = all(isinstance(data.get(k, {}), dict) for k in ("settings", "config"))
+        if not kinds or not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{path} is damaged: its settings, config or classes are not what train.py writes")
+        if spec is not None and not (isinstance(spec, dict) and {*SPEC} <= spec.keys()):
+            raise ValueError(f"{path} is damaged: its latent entry is not a VAE's name, hash, channels, scale and bias")
+    if not isinstance(step, int):
+        raise ValueError(f"{path} is damaged: its step is {step!r}, not a number")
     return data
 
 
@@ -255,6 +256,8 @@ def load_checkpoint(path, /, ema=True, **overrides):
         for field in set(settings) - {f.name for f in fields(method.Config)}:
             raise ValueError(f"unknown field {field!r} of Config")
         config = method.Config(**settings)
+        if config.depth > len(weights):  # before time and memory go into blocks that the file cannot fill
+            raise ValueError(f"its config has {config.depth} blocks, and the file {len(weights)} tensors")
         with torch.device("meta"):  # no initialisation: every tensor comes from the file
             model = method.model(config)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError, AttributeError) as e:
@@ -351,13 +354,15 @@ def build_parser():
     add("--cfg", type=float, help="guidance scale; 1 is none")
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide for t in [LO, HI]; 0 1")
     add("--seed", type=int, default=0, help="names the sample set; image i depends on (seed, i)")
-    add("--batch-size", type=int, default=64, help="images at a time on each process")
+    add("--batch-size", type=int, help="images at a time on each process; 256 on GPUs, else 64")
     add("--vae", help="of latent checkpoints, by default the one it was trained with, or sd-vae-ft-mse: as in train.py")
     add("--vae-weights", choices=("random",), help="for tests only")
     add(
         "--latent-stats", metavar="FILE", help="scale and bias of each channel, for released checkpoints that need them"
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", default="tf32", choices=("fp32", "tf32", "bf16"), help="of products; tf32 (on GPUs) as released")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks; default: on GPUs")
     return parser
 
 
@@ -377,11 +382,15 @@ def pick_device(name):
     return device
 
 
-def start_ranks(device):
-    """(rank, world size); joins the process group when torchrun started us: nccl on GPUs, else gloo."""
+def start_ranks(device, minutes):
+    """(rank, world size); joins the process group when torchrun started us: nccl on GPUs, else gloo.
+
+    A process that waits for another longer than `minutes` gives up: torchrun sees one that dies, not one that hangs.
+    """
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
+    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -454,12 +463,13 @@ def write_npz(path, chunks, shape, labels):
 
 
 def begin(parts, record):
-    """Make the folder of unfinished work, or find that it is of the same settings. ValueError where it is not."""
+    """Make the folder of unfinished work, or find that it is of the same settings, and hold it. ValueError if not."""
     spelling = "ckpt device npz vae vae_weights latent_stats".split()  # what they name is in `latent` and the hash
     same = {k: v for k, v in record.items() if k not in spelling}
     same = json.loads(json.dumps(same))  # tuples become lists
     parts.mkdir(parents=True, exist_ok=True)
-    if not {file.name for file in parts.iterdir()} - {"settings.json.tmp"}:
+    held = lock(parts)
+    if not {file.name for file in parts.iterdir()} - {"settings.json.tmp", ".lock"}:
         write_whole(parts / "settings.json", lambda f: f.write(json.dumps(same).encode()))
     try:
         found = json.loads((parts / "settings.json").read_text())
@@ -472,20 +482,27 @@ def begin(parts, record):
                 f"{parts} holds unfinished samples with {key} {found.get(key)}, not {same[key]}: delete it, or use"
                 " another name"
             )
+    return held
 
 
 def holds(chunk, count):
     """Whether a part file is there and whole."""
     try:
         return len(np.load(chunk, mmap_mode="r", allow_pickle=False)) == count
-    except (OSError, ValueError, EOFError):  # cut short by a full or failing disk: made again
+    except Exception:  # not there, or cut short by a full or failing disk, where numpy raises anything: made again
         return False
 
 
 def write_samples(args, model, draw, settings, latent, target, rows, record, device):
     """The images of this process, batch by batch; the first process then makes one file of them, and the JSON."""
-    rank, world = start_ranks(device)
+    rank, world = start_ranks(device, 24 * 60)  # the first to finish waits for the last
     config = model.to(device).config
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    if device.type == "cuda" if args.compile is None else args.compile:
+        for block in model.blocks:
+            block.compile()
     parts = Path(f"{target}.parts")
     if args.out_dir and rank == 0:
         target.mkdir(parents=True, exist_ok=True)
@@ -501,7 +518,8 @@ def write_samples(args, model, draw, settings, latent, target, rows, record, dev
     with tqdm(total=sum(len(batch) for batch, _ in todo), unit="img", desc="sampling", disable=rank > 0) as bar:
         for indices, chunk in todo:
             labels = choose_labels(args.labels, indices, config.num_classes, args.seed)
-            x = generate(model, labels, indices, args.seed, draw, **settings)
+            with autocast:
+                x = generate(model, labels, indices, args.seed, draw, **settings)
             if latent:
                 x = decode(latent[0], x, latent[1])
                 if not torch.isfinite(x).all():
@@ -528,7 +546,7 @@ def write_samples(args, model, draw, settings, latent, target, rows, record, dev
         text = json.dumps({**record, **versions()}, indent=1) + "\n"
         write_whole(beside(target), lambda f: f.write(text.encode()))
         if not args.out_dir:  # last, so that what bears the name is complete
-            os.replace(parts / f"whole{target.suffix}", target)
+            os.replace(parts / ("whole.npz" if args.npz else "whole.png"), target)
             shutil.rmtree(parts)
         print(f"{args.num} images in {target}, every setting in {beside(target)}")
     if world > 1:
@@ -549,6 +567,8 @@ def main(argv=None):
         if not math.isfinite(args.cfg or 0) or not low <= high:
             raise ValueError(f"--cfg {args.cfg} is a finite scale, --cfg-interval LO HI has LO <= HI: {low} {high}")
         device = pick_device(args.device)
+        if args.batch_size is None:
+            args.batch_size = 256 if device.type == "cuda" else 64
         model, config = load_checkpoint(args.ckpt, ema=not args.no_ema, projector=None)
         data = read_checkpoint(args.ckpt)
         name = method_of(data)
@@ -557,7 +577,6 @@ def main(argv=None):
         vars(args).update(settings)
         latent = find_vae(args, data, config, device)
         names, step = data.get("classes"), data.get("step", data.get("steps"))
-        step = step if step is None else int(step)
         rows = None
         if args.npz or args.out_dir:
             target = Path(args.npz or args.out_dir)
@@ -589,16 +608,19 @@ def main(argv=None):
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         record = dict(vars(args), step=step, checkpoint_sha256=digest, config=asdict(config))
         record["latent"] = latent[1] if latent else None
-        if rank == 0 and not args.out_dir:
-            begin(parts, record)
+        held = begin(parts, record) if rank == 0 and not args.out_dir else nullcontext()
     except (ValueError, OSError) as e:
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
         parser.error(line(e))
     try:
-        write_samples(args, model, method.sampler, settings, latent, target, rows, record, device)
+        with held:
+            write_samples(args, model, method.sampler, settings, latent, target, rows, record, device)
     except (FloatingPointError, OSError) as e:
         parser.error(line(e))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

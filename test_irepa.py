@@ -1,11 +1,15 @@
 """python -m pytest -q test_irepa.py: the whole project on a CPU, without a download, in about two minutes."""
 
 import argparse
+import gc
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -18,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+import experiments.spatial_structure as spatial
 import fid
 import inputs.latents as latents
 import inputs.teachers as teachers
@@ -467,6 +472,37 @@ def test_bad_data_is_a_named_error(photos, tmp_path):
     assert len(data) == 2 and len(data.broken) == 2 and "cut.jpg" in data.broken[0]
 
 
+def test_each_file_of_a_bad_folder_ends_in_an_image_or_in_its_name(tmp_path):
+    rgb = Image.fromarray(np.random.RandomState(0).randint(0, 256, (24, 36, 3)).astype(np.uint8))
+    good, bad = tmp_path / "data/good ones é", tmp_path / "data/bad"
+    good.mkdir(parents=True)
+    bad.mkdir()
+    rgb.convert("P").save(good / "palette alpha.PNG", transparency=3)
+    rgb.convert("CMYK").save(good / "cmyk.JPEG")
+    Image.new("I;16", (20, 20), 40_000).save(good / "16bit.png")
+    Image.new("RGB", (1, 1), "red").save(good / "dot.png")
+    rgb.save(good / "animated.gif", save_all=True, append_images=[rgb.rotate(90), rgb])
+    (good / "loop").symlink_to(tmp_path / "data")
+    rgb.save(bad / "ok.jpg")
+    (bad / "cut.jpg").write_bytes((bad / "ok.jpg").read_bytes()[:700])
+    (bad / "empty.jpg").write_bytes(b"")
+    (bad / "text.jpg").write_text("not an image")
+    Image.new("1", (20_000, 20_000)).save(bad / "huge.png")  # 400 million pixels: a bomb, to PIL
+    (bad / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (bad / "notes.txt").write_text("left alone")
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    data = Folder(tmp_path / "data", 16, skip_broken=True, progress=False)
+    assert len(data) == 6 and data.classes == ["bad", "good ones é"]
+    for name in ("cut.jpg", "empty.jpg", "text.jpg", "huge.png", "gone.png"):
+        assert sum(f"bad/{name} cannot be decoded" in broken for broken in data.broken) == 1
+    assert before == {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as z:
+        for name in ("../../a/up.png", "/b/root.png"):
+            z.write(good / "dot.png", name)
+    assert len(Folder(tmp_path / "evil.zip", 16, progress=False)) == 2  # read in place: nothing is extracted
+    assert {*before, tmp_path / "evil.zip"} == {*tmp_path.rglob("*")} and not (tmp_path.parent.parent / "a").exists()
+
+
 def test_shapes_are_drawn_from_index_and_seed():
     first, again, other = Shapes(16, 40), Shapes(16, 40), Shapes(16, 40, seed=1)
     i = np.arange(20)
@@ -705,6 +741,8 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path):
     run(*flags, "--steps", 3, "--out", tmp_path / "stopped")
     with pytest.raises(SystemExit):  # OUT exists
         run(*flags, "--out", tmp_path / "stopped")
+    with pytest.raises(SystemExit):  # the order of the data would be another
+        run("--resume", "--out", tmp_path / "stopped", "--batch-size", 4)
     with pytest.raises(SystemExit):  # another network
         run("--resume", "--out", tmp_path / "stopped", "--method", "repa")
     run("--resume", "--out", tmp_path / "stopped", "--steps", 6)  # the other settings come from the run
@@ -729,15 +767,15 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path):
 def torchrun(script, *flags):
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / script]
-    done = subprocess.run([*map(str, [*command, *flags])], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.run([*map(str, [*command, *flags])], env=env, capture_output=True, text=True, timeout=120)
 
 
 def test_two_ranks_equal_one_process(photos, tmp_path):
     flags = [*RUN, "--data", photos, "--out"]
     run(*flags, tmp_path / "one")
     run(*flags, tmp_path / "parts", "--accumulate", 2)
-    torchrun("train.py", *flags, tmp_path / "two")
+    done = torchrun("train.py", *flags, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
     for name in ("parts", "two"):
         for k, v in weights(tmp_path / "one").items():
             # of steps of 1e-3: where a gradient is near Adam's epsilon, its rounding shows
@@ -756,21 +794,161 @@ def test_two_ranks_equal_one_process(photos, tmp_path):
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
 
 
-def test_a_non_finite_gradient_reaches_neither_weights_nor_checkpoint(photos, tmp_path, monkeypatch):
+def plant(monkeypatch, act):
+    """Call act(step, losses) after the loss of each training step."""
     loss, calls = sample.irepa_loss, []
 
     def planted(*args, **kwargs):
         out = loss(*args, **kwargs)
         if args[0].training:
             calls.append(1)
-            out["loss"] = out["loss"] * (float("nan") if len(calls) == 4 else 1)
+            act(len(calls) - 1, out)
         return out
 
     monkeypatch.setattr(sample, "irepa_loss", planted)
-    with pytest.raises(SystemExit, match="non-finite gradient"):
-        run(*RUN, "--data", photos, "--out", tmp_path / "run")
-    assert all(torch.isfinite(v).all() for w in ("model", "ema") for v in weights(tmp_path / "run", w).values())
+
+
+def rows_of(out):
+    return [json.loads(row) for row in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_step_is_not_applied(photos, tmp_path, monkeypatch, capsys, poison):
+    def act(step, losses):
+        if step in bad:
+            losses["loss"] = losses["loss"] * poison
+
+    bad = [3]
+    plant(monkeypatch, act)
+    run(*RUN, "--data", photos, "--steps", 4, "--ckpt-every", 1, "--keep", 3, "--out", tmp_path / "one")
+    third, fourth = (torch.load(tmp_path / f"one/step-000000{n}.pt", weights_only=True) for n in (3, 4))
+    assert all(torch.equal(v, fourth["model"][k]) for k, v in third["model"].items())
+    assert not (tmp_path / "one/step-0000001.pt").exists()
+    last = rows_of(tmp_path / "one")[-1]
+    assert last["skipped"] == 1 and math.isfinite(last["loss"]) and all(map(math.isfinite, last.values()))
+
+    monkeypatch.undo()
+    bad = range(3, 99)
+    plant(monkeypatch, act)
+    monkeypatch.setattr(train, "PATIENCE", 3)
+    flags = [*RUN, "--data", photos, "--steps", 20, "--ckpt-every", 4, "--seed", 5, "--sample-every", 0]
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, "--out", tmp_path / "many")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "in 3 steps in a row from step 3 on" in message
+    data, args = Folder(photos, 16, progress=False), argparse.Namespace(seed=5, batch_size=8)
+    for i in train.batch_at(3, train.split(24)[0], args, {}):
+        assert data.files[i] in message
+    state = torch.load(tmp_path / "many/last.pt", weights_only=True)
+    assert state["step"] == 4  # the step before the last was the last that counted
+    assert all(torch.isfinite(v).all() for w in ("model", "ema") for v in state[w].values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_exits_75(photos, tmp_path, monkeypatch, capsys, number):
+    flags = [*RUN, "--data", photos, "--workers", 2, "--ckpt-every", 100, "--sample-every", 0]
+    run(*flags, "--out", tmp_path / "straight")
+    plant(monkeypatch, lambda step, _: step == 1 and os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, "--out", tmp_path / "stopped")
+    assert stop.value.code == 75 and "after step 3" in capsys.readouterr().out
+    assert signal.getsignal(number) != signal.SIG_IGN and torch.load(tmp_path / "stopped/last.pt")["step"] == 3
+    run("--resume", "--out", tmp_path / "stopped")
+    again = weights(tmp_path / "stopped")
+    assert all(torch.equal(v, again[k]) for k, v in weights(tmp_path / "straight").items())
+
+
+def test_all_ranks_stop_after_the_same_step(photos, tmp_path):
+    script = tmp_path / "signalled.py"
+    script.write_text(
+        "import os, signal, sys\nimport sample, train\nloss, calls = sample.irepa_loss, []\n"
+        "def planted(*args, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return loss(*args, **kwargs)\n"
+        "sample.irepa_loss = planted\ntrain.main(sys.argv[1:])\n"
+    )
+    flags = ["--data", photos, "--steps", 200, "--log-every", 200, "--ckpt-every", 200, "--out", tmp_path / "run"]
+    done = torchrun(script, *RUN, *flags)
+    assert "exitcode  : 75" in done.stderr and "stopped by a signal after step 4" in done.stdout
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
+    script.write_text(script.read_text().replace("signal.SIGTERM", "signal.SIGKILL"))
+    done = torchrun(script, "--resume", "--out", tmp_path / "run")  # a rank that dies takes the others along
+    assert done.returncode and "Signal 9" in done.stderr
+
+
+def test_a_full_disk_loses_no_checkpoint(photos, tmp_path, monkeypatch, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    plant(monkeypatch, lambda step, _: step == 3 and resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1])))
+    try:
+        with pytest.raises(SystemExit, match="step 6 could not be saved"):
+            run(*RUN, "--data", photos, "--steps", 6, "--out", tmp_path / "run", "--sample-every", 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "last.pt cannot be written (" in capsys.readouterr().err
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 3
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    run("--resume", "--out", tmp_path / "run")
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 6
+
+
+def test_a_damaged_checkpoint_is_named_with_the_newest_good_one(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(*RUN, "--data", photos, "--ckpt-every", 1, "--keep", 2, "--out", out, "--sample-every", 0)
+    assert sorted(file.name for file in out.glob("*.pt")) == ["last.pt", "step-0000003.pt", "step-0000004.pt"]
+    for damaged in (out / "step-0000004.pt", out / "last.pt"):
+        whole = damaged.read_bytes()
+        damaged.unlink()
+        damaged.write_bytes(whole[: len(whole) // 2])
+    torch.save(dict(step=3), out / "step-0000009.pt")  # foreign
+    with pytest.raises(SystemExit) as stop:
+        run("--resume", "--out", out, "--steps", 5)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "last.pt is damaged" in message and "good one is" in message
+    assert f"{out}/step-0000003.pt: copy it to {out}/last.pt" in message
+    shutil.copy(out / "step-0000003.pt", out / "last.pt")
+    run("--resume", "--out", out, "--steps", 4)
+
+
+def test_a_second_run_in_one_folder_is_refused(photos, tmp_path, capsys):
+    out, hold = tmp_path / "run", "import sys, inputs.latents as l; h = l.lock(sys.argv[1]); print(1); input()"
+    run(*RUN, "--data", photos, "--out", out, "--sample-every", 0)
+    torch.save(torch.load(out / "last.pt"), tmp_path / "m.pt")
+    (tmp_path / "s.npz.parts").mkdir()
+    for folder, call in (
+        (out, lambda: run("--resume", "--out", out, "--steps", 5)),
+        (
+            tmp_path / "s.npz.parts",
+            lambda: sample.main(["--ckpt", f"{out}/last.pt", "--num", "1", "--npz", f"{tmp_path}/s.npz"]),
+        ),
+    ):
+        command = [sys.executable, "-c", hold, folder]
+        other = subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        other.stdout.readline()
+        with pytest.raises(SystemExit) as stop:
+            call()
+        assert stop.value.code == 2 and "another process is writing to" in capsys.readouterr().err
+        other.kill()  # however it ends
+        other.wait()
+        call() if folder == out else None
+
+
+def test_no_process_or_file_is_left_behind(photos, tmp_path):
+    def counted():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(multiprocessing.active_children())
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("open files are counted in /proc")
+    sets = [tmp_path / "z.zip", photos]
+    with zipfile.ZipFile(sets[0], "w") as z:
+        for file in Folder(photos, 16, progress=False).files:
+            z.write(photos / file, file)
+    counts = []
+    for n in range(4):
+        run(*RUN, "--data", sets[n % 2], "--workers", 2 * (n % 2), "--out", tmp_path / f"{n}", "--sample-every", 0)
+        counts.append(counted())
+    assert counts[1] == counts[2] == counts[3] and counts[3][1] == 0
 
 
 @pytest.mark.parametrize("method", ["irepa", "sit"])
@@ -1387,3 +1565,152 @@ def test_weights_that_are_absent_or_wrong_are_named(image_sets, tmp_path, monkey
         with pytest.raises(SystemExit) as stop:
             score(image_sets / "plain.npz", image_sets / "folder", *flags)
         assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Spatial structure
+
+
+def halves(side):
+    """Tokens of two kinds at right angles, left and right: [1, T, 2], and the left half as a mask [1, T]."""
+    left = torch.arange(side).repeat(side)[None] < side // 2
+    return torch.stack([left, ~left], dim=2).float() * 3, left
+
+
+def test_spatial_metrics_in_closed_form():
+    tokens, left = halves(6)
+    apart, same = torch.eye(36)[None] * 5, torch.ones(1, 36, 3)
+    # 54 of 60 pairs at d = 1 lie in one half, and 20 of 140 at d >= 6
+    assert spatial.lds(tokens).item() == pytest.approx(54 / 60 - 20 / 140, abs=1e-6)
+    assert spatial.srss(tokens, left).item() == 1 and spatial.srss(tokens, ~left).item() == 1
+    for metric, expected in ((spatial.lds, 0), (spatial.cds, 0), (spatial.rmsc, math.sqrt(35 / 36))):
+        assert metric(apart).item() == pytest.approx(expected, abs=1e-6)
+        assert metric(same).item() == pytest.approx(0, abs=1e-6)
+    assert spatial.rmsc(tokens).item() == pytest.approx(math.sqrt(0.5))
+    assert spatial.srss(tokens, torch.zeros(1, 36)).isnan().all()
+    with pytest.raises(ValueError, match="at least 5 x 5 tokens, not 35"):
+        spatial.lds(apart[:, :35])
+
+
+def test_spatial_metrics_are_their_definitions():
+    side, z = 7, normal(41, 2, 49, 5) + 0.3
+    mask = torch.from_numpy(np.random.RandomState(42).rand(2, 49) < 0.5)
+    for b in range(2):
+        x = z[b].double().numpy()
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        place = np.stack(np.divmod(np.arange(side**2), side), axis=1)
+        pairs = [(s, t, np.abs(place[s] - place[t]).sum(), x[s] @ x[t]) for s in range(49) for t in range(49)]
+
+        def mean(keep):
+            found = [k for s, t, d, k in pairs if keep(s, t, d)]
+            return np.mean(found) if found else np.nan
+
+        slope = np.polyfit(range(1, 9), [mean(lambda s, t, d, r=r: d == r) for r in range(1, 9)], 1)[0]
+        m = mask[b].numpy()
+        scores = [
+            mean(lambda s, t, d: s == i and m[t] and d == 1) - mean(lambda s, t, d: s == i and not m[t] and d >= 6)
+            for i in np.flatnonzero(m)
+        ]
+        expected = dict(
+            lds=mean(lambda s, t, d: d == 1) - mean(lambda s, t, d: d >= 6), cds=-slope, srss=np.nanmean(scores),
+            rmsc=math.sqrt(1 - np.square(x.mean(0)).sum()),
+        )  # fmt: skip
+        for name, value in expected.items():
+            got = spatial.METRICS[name](z, *([mask] if name == "srss" else []))[b].item()
+            assert got == pytest.approx(value, abs=1e-6), name
+
+
+def test_published_correlations(tmp_path, capsys):
+    spatial.main(["--correlate", "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out/results.json").read_text())["correlations"]
+    r = {name: round(f["pearson"][0], 3) for name, f in found.items()}
+    assert r == dict(accuracy=-0.260, lds=-0.852, cds=-0.847, srss=-0.886, rmsc=-0.889)
+    assert all(f["pearson"][1] < f["pearson"][0] < f["pearson"][2] and len(f["x"]) == 27 for f in found.values())
+    assert round(found["accuracy"]["spearman"][0], 2) == 0.03 and round(found["srss"]["spearman"][0], 2) == -0.91
+    assert "RMSC             27  -0.889" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out/correlations.png").size > (1000, 300)
+
+
+def test_ranks_of_equals_and_of_the_better():
+    noise = np.random.RandomState(43).standard_normal((3, 200))
+    assert spatial.ranks(noise + np.array([[0], [3], [3]]))[0].tolist() == [3, 3, 3]
+    assert sorted(map(tuple, spatial.ranks(noise + np.array([[0], [3], [3]]))[1:].tolist())) == [(1, 1, 2), (2, 1, 2)]
+    noise[:, :3] = np.nan  # images without a mask
+    assert spatial.ranks(noise + np.array([[0], [9], [5]])).tolist() == [[3, 3, 3], [1, 1, 1], [2, 2, 2]]
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """Six drawn shapes in one folder, the mask of each but the last, and a table of FIDs."""
+    root = tmp_path_factory.mktemp("drawn")
+    (root / "images").mkdir(), (root / "masks").mkdir()
+    images, _ = Shapes(64, 6)[range(6)]
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(root / f"images/{i}.png")
+        if i < 5:
+            Image.fromarray(image.max(2) > 140).save(root / f"masks/{i}.png")
+    rows = "hog,9,70\nsift,8,60\npixels,7,\ntimm:vit_tiny_patch16_224,6,50\nother,5,40\n"
+    (root / "fid.csv").write_text(f"# a comment\nencoder,fid,accuracy\n{rows}")
+    (root / "bad.csv").write_text("encoder,fid\nhog,nine\n")
+    (root / "few.csv").write_text("encoder,fid\nhog,9\nsift,7\n")
+    return root
+
+
+def test_spatial_structure_of_drawn_shapes(drawn, tmp_path, capsys):
+    vit, out = "timm:vit_tiny_patch16_224", tmp_path / "out"
+    flags = f"--data {drawn}/images --image-size 64 --images 5 --encoders hog sift pixels {vit} --weights {vit}=random"
+    flags += f" --masks {drawn}/masks --correlate {drawn}/fid.csv --show 2.png:9,7 --device cpu --out {out}"
+    spatial.main(flags.split())
+    said = " ".join(capsys.readouterr().out.split())
+    record = json.loads((out / "results.json").read_text())
+    assert sorted(f.name for f in out.iterdir()) == ["correlations.png", "pca.png", "results.json", "similarity.png"]
+    assert "5 of the 6 images" in said and "pixels" in said and "no forecast of a FID" in said
+    assert len(record["images"]) == 5 and list(record["encoders"]) == ["hog", "sift", "pixels", f"{vit} (random)"]
+    images = torch.stack([torch.from_numpy(np.array(Image.open(drawn / "images" / f))) for f in record["images"]])
+    tokens, result = spatial.pixels(images.permute(0, 3, 1, 2)), record["encoders"]["pixels"]
+    assert tokens.shape == (5, 256, 48) and torch.equal(tokens[0, 17, 0], images[0, 4, 4, 0] / 127.5 - 1)
+    values = spatial.lds(tokens)
+    assert result["lds"]["per_image"] == pytest.approx(values.tolist(), abs=1e-5)
+    assert result["lds"]["mean"] == pytest.approx(values.mean().item(), abs=1e-5)
+    assert result["lds"]["standard_error"] == pytest.approx(values.std().item() / math.sqrt(5), abs=1e-5)
+    masked = sum(score is not None for score in result["srss"]["per_image"])
+    assert 2 <= masked <= 5 and f"SRSS: over {masked} of them" in said
+    assert record["encoders"][f"{vit} (random)"]["parameters"] > 5e6 and result["parameters"] == 0
+    found = record["correlations"]
+    assert found["lds"]["x"] == [e["lds"]["mean"] for e in record["encoders"].values()] and found["lds"]["fid"][0] == 9
+    assert found["accuracy"]["x"] == [70, 60, 50, 40]
+    assert found["accuracy"]["pearson"][0] == pytest.approx(7 / math.sqrt(50))
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("", "name images with --data, or ask for --correlate"),
+        ("--data absent", "--data absent does not exist"),
+        ("--data {0}/masks --images 1", "--images 2 at least"),
+        ("--data {0}/images --image-size 60", "a multiple of 16"),
+        ("--data {0}/images --encoders hog resnet", "unknown encoder 'resnet'"),
+        ("--data {0}/images --encoders hog hog", "name each once"),
+        ("--data {0}/images --encoders hog --weights hog=random", "hog has no weights"),
+        ("--data {0}/images --encoders hog --weights sift=x", "NAME=FILE"),
+        (
+            "--data {0}/images --encoders dino_vitb16 --weights dino_vitb16=x.pt",
+            "--weights dino_vitb16=x.pt: there is no",
+        ),
+        ("--data {0}/images --show png", "(6 have it)"),
+        ("--data {0}/images --show 0.png:16,0", "from 0,0 to 15,15"),
+        ("--data {0}/images --masks {0}", "need a mask"),
+        ("--data {0}/fid.csv", "fid.csv"),
+        ("--data {0}/images --correlate {0}/few.csv", "needs four rows"),
+        ("--correlate {0}/bad.csv", "could not convert string to float: 'nine'"),
+        ("--correlate {0}/absent.csv", "No such file"),
+        ("--correlate --out {0}/images", "exists; another one leaves it as it is"),
+    ],
+)
+def test_spatial_structure_says_what_is_wrong(drawn, tmp_path, capsys, flags, message):
+    flags = flags.format(drawn)
+    with pytest.raises(SystemExit) as stop:
+        spatial.main((flags if "--out" in flags else f"{flags} --out {tmp_path / 'out'}").split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists() and len(list((drawn / "images").iterdir())) == 6

@@ -8,13 +8,17 @@
                                                                   the paper's setting
 
 OUT holds config.json (every setting, versions), log.jsonl (a line each --log-every steps), samples/ (grids from the
-EMA), curves.png and last.pt. A flag wins over a preset (--method, --demo), a preset over a default. Noise, times,
-label drops and data order are functions of (seed, step): a resumed run, or one on another number of processes,
-sees the same batches.
+EMA), curves.png, last.pt and the --keep newest checkpoints by number. A flag wins over a preset (--method, --demo), a
+preset over a default. Noise, times, label drops and data order are functions of (seed, step): a resumed run, or one on
+another number of processes, sees the same batches. SIGTERM or SIGINT ends the step, saves and exits with 75 (a second
+one ends at once); a user's mistake exits with 2.
 """
 
 import argparse
 import sys
+
+STOPPED = 75  # exit code after a signal: saved, start it again (EX_TEMPFAIL)
+PATIENCE = 5  # non-finite steps in a row that end a run
 
 # --method: presets over the flags of the same names
 METHODS = {"irepa": dict(align="irepa"), "repa": dict(align="repa"), "sit": dict(align="none")}
@@ -98,6 +102,7 @@ def build_parser():
     add("--resume", action="store_true", help="continue from OUT/last.pt with its settings; flags given still win")
     add("--log-every", type=int, default=100, help="steps")
     add("--ckpt-every", type=int, default=10_000, help="steps")
+    add("--keep", type=int, default=2, help="newest checkpoints kept by number, step-N.pt, beside last.pt")
     add("--sample-every", type=int, default=10_000, help="steps between grids of samples; 0 is never")
     add("--sample-cfg", type=float, default=1.0, help="guidance scale of the grids; 1 is none")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -113,11 +118,14 @@ class DefaultsHelp(argparse.RawDescriptionHelpFormatter):
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
     build_parser().parse_args()  # answers before the two seconds that the imports below take
 
+import atexit  # noqa: E402
 import copy  # noqa: E402
 import dataclasses  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
+import multiprocessing  # noqa: E402
 import os  # noqa: E402
+import signal  # noqa: E402
 import time  # noqa: E402
 from contextlib import contextmanager, nullcontext  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -129,7 +137,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from inputs.images import BrokenImage, Folder, Shapes, line, workers_for  # noqa: E402
-from inputs.latents import Cached, decode, encode, load_vae, same_spec, to_latent, write_cache, write_whole  # noqa: E402
+from inputs.latents import Cached, decode, encode, load_vae, lock, same_spec, to_latent, write_cache, write_whole  # noqa: E402
 from inputs.teachers import fast_bf16, list_encoders, load_encoder  # noqa: E402
 from sample import (  # noqa: E402
     generate,
@@ -167,17 +175,20 @@ def resolve(parser, argv=None):
         if not out.is_dir():
             raise FileNotFoundError(f"--resume: {out} does not exist; name the run with --out, or leave --resume out")
         if (out / "last.pt").exists():
-            checkpoint = read_checkpoint(out / "last.pt")
-            if not {*"model ema opt step settings config classes images seconds".split()} <= checkpoint.keys():
-                raise ValueError(f"{out / 'last.pt'} is no checkpoint of train.py")
+            checkpoint = read_last(out)
             saved = checkpoint["settings"]
         elif (out / "config.json").exists():  # stopped before its first checkpoint
-            saved = json.loads((out / "config.json").read_text())
+            try:
+                saved = dict(json.loads((out / "config.json").read_text()))
+            except (ValueError, TypeError) as e:
+                raise ValueError(
+                    f"{out}/config.json is damaged ({line(e)}), and there is no checkpoint: delete {out}"
+                ) from e
         else:
             raise FileNotFoundError(f"--resume: {out} holds no run of train.py (neither last.pt nor config.json)")
         saved = {k: v for k, v in saved.items() if k in defaults}
-    elif out.exists() and int(os.environ.get("RANK", 0)) == 0 and not given.get("cache_latents"):
-        raise FileExistsError(f"{out} exists; --resume continues it, another --out leaves it as it is")
+    elif int(os.environ.get("RANK", 0)) == 0 and not given.get("cache_latents"):
+        refuse_used(out)
     preset = METHODS[saved.get("method", method) if "method" not in given else method]
     align = given.get("align") or preset["align"]
     if align != preset["align"] and preset in (METHODS["irepa"], METHODS["repa"], METHODS["sit"]):
@@ -191,6 +202,8 @@ def resolve(parser, argv=None):
         )
     if args.cache_latents and not given.get("out"):
         raise ValueError("--cache-latents writes to a folder of its own: name it with --out")
+    if args.keep < 0:
+        raise ValueError(f"--keep must not be negative, and is {args.keep}")
     positive = "image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
     for name in positive:
         if not 0 < getattr(args, name) < math.inf:
@@ -211,6 +224,32 @@ def resolve(parser, argv=None):
             f"--batch-size {args.batch_size} does not divide by {world} processes x --accumulate {args.accumulate}"
         )
     return args, checkpoint
+
+
+def refuse_used(out):
+    if out.exists() and not (out.is_dir() and {file.name for file in out.iterdir()} <= {".lock", "config.json.tmp"}):
+        raise FileExistsError(f"{out} exists; --resume continues it, another --out leaves it as it is")
+
+
+def read_last(out):
+    """The checkpoint in out/last.pt. ValueError, naming the newest good one in `out`, where it cannot be used."""
+
+    def read(path):
+        checkpoint = read_checkpoint(path)
+        if not {*"model ema opt step settings config classes images seconds".split()} <= checkpoint.keys():
+            raise ValueError(f"{path} is no checkpoint of train.py")
+        return checkpoint
+
+    try:
+        return read(out / "last.pt")
+    except ValueError as e:
+        for path in sorted(out.glob("step-*.pt"), reverse=True):
+            try:
+                read(path)
+            except ValueError:
+                continue
+            raise ValueError(f"{line(e)}; the newest good one is {path}: copy it to {out / 'last.pt'}") from e
+        raise ValueError(f"{line(e)}; there is no other good one in {out}") from e
 
 
 def network(args, spec=None, num_classes=1000, encoder_dim=1):
@@ -267,17 +306,24 @@ def split(count, most=256):
     return np.sort(order[chunks.size :]), chunks
 
 
+def batch_at(step, indices, args, orders):
+    """The indices of the whole batch of `step`; orders is a dict that keeps the epochs at hand between calls."""
+    epoch, place = np.divmod(np.arange(step * args.batch_size, (step + 1) * args.batch_size), len(indices))
+    needed = np.unique(epoch).tolist()
+    for e in orders.keys() - needed:
+        del orders[e]
+    for e in needed:
+        if e not in orders:
+            orders[e] = np.random.default_rng((args.seed, e)).permutation(indices)
+    return np.concatenate([orders[e][place[epoch == e]] for e in needed])
+
+
 def batches(indices, args, start, rank, world):
     """This rank's parts of each batch from step `start` on: shuffled epochs, one after the other, without a gap."""
-    parts, epochs = world * args.accumulate, {}
+    parts, orders = world * args.accumulate, {}
     size = args.batch_size // parts
     for step in range(start, args.steps):
-        epoch, place = np.divmod(np.arange(step * args.batch_size, (step + 1) * args.batch_size), len(indices))
-        epochs = {e: epochs.get(e) for e in np.unique(epoch).tolist()}
-        for e in epochs:
-            if epochs[e] is None:
-                epochs[e] = np.random.default_rng((args.seed, e)).permutation(indices)
-        whole = np.array([epochs[e][k] for e, k in zip(epoch.tolist(), place.tolist())])
+        whole = batch_at(step, indices, args, orders)
         for i in range(rank, parts, world):
             yield whole[i * size : (i + 1) * size]
 
@@ -351,7 +397,7 @@ def plot(out):
         axis.legend()
     axes[0].set(ylabel="mean squared error of the velocity", yscale="log")
     axes[1].set(ylabel="minus the mean cosine to the teacher")
-    figure.savefig(out / "curves.png", dpi=120)
+    write_whole(out / "curves.png", lambda f: figure.savefig(f, format="png", dpi=120))
     plt.close(figure)
 
 
@@ -371,13 +417,34 @@ def draw_samples(ema, data, args, latent, path):
     save_grid(to_uint8(x), names, path)
 
 
-def refuse_skipped(skipped, done, out):
-    """Stop where steps were skipped because their gradient was not finite."""
-    if skipped.item():
-        raise SystemExit(
-            f"train.py: {int(skipped)} steps up to step {done} had a non-finite gradient; none of them was applied."
-            f" Stopped; the last checkpoint, if any, is {out}/last.pt"
-        )
+def warned(write):
+    """write(), and whether it could: a full disk must not end a run that can still train."""
+    try:
+        write()
+    except OSError as e:
+        tqdm.write(f"warning: {line(e)}; training goes on", file=sys.stderr)
+        return False
+    return True
+
+
+def refuse_streak(run, first, skips, indices, args, data):
+    """-> non-finite steps in a row so far, `run` before and then `skips` (a bool each) from step `first` on.
+
+    FloatingPointError, with the images of the first of them, at PATIENCE in a row.
+    """
+    for step, skip in enumerate(skips, start=first):
+        run = run + 1 if skip else 0
+        if run == PATIENCE:
+            start = step - PATIENCE + 1
+            batch = batch_at(start, indices, args, {})
+            names = [data.files[i] if hasattr(data, "files") else f"image {i}" for i in batch[:8]]
+            more = f" and {len(batch) - 8} more" if len(batch) > 8 else ""
+            raise FloatingPointError(
+                f"loss or gradient was not finite in {PATIENCE} steps in a row from step {start} on; none of them was"
+                f" applied, and the checkpoints in {args.out} are clean. The first of them saw"
+                f" {', '.join(names)}{more}"
+            )
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -422,8 +489,7 @@ def main(argv=None):
         config = network(args, spec, len(data.classes), teacher.dim if teacher else 1)
         if checkpoint:
             same_run(args, config, data, spec, checkpoint)
-        if first:
-            Path(args.out).mkdir(parents=True, exist_ok=args.resume)
+        held = claim(Path(args.out), args.resume) if first else nullcontext()
     except (ValueError, OSError) as e:
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
         parser.error(last_line(e) if isinstance(e, BrokenImage) else line(e))
@@ -433,9 +499,39 @@ def main(argv=None):
         if args.encoder_weights == "random" and teacher:
             print("warning: the teacher's weights are random; this is for tests only")
     try:
-        train(args, config, data, teacher, latent, device, checkpoint)
+        with held, catching_signals():
+            train(args, config, data, teacher, latent, device, checkpoint)
     except (BrokenImage, FloatingPointError) as e:
         parser.error(last_line(e))
+
+
+caught = []  # SIGTERM or SIGINT since the run began
+
+
+@contextmanager
+def catching_signals():
+    """The first SIGTERM or SIGINT goes to `caught`, for the loop to see; a second one ends the process at once."""
+
+    def catch(number, _):
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    caught.clear()
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def claim(out, resume):
+    """Make OUT and hold it against a second run. FileExistsError or ValueError where somebody else was first."""
+    out.mkdir(parents=True, exist_ok=True)
+    held = lock(out)
+    if not resume:
+        refuse_used(out)
+    return held
 
 
 def last_line(error):
@@ -445,11 +541,14 @@ def last_line(error):
 
 def cache(args, data, latent, device):
     """--cache-latents: every process writes its shards."""
-    rank, world = start_ranks(device)
+    rank, world = start_ranks(device, 24 * 60)  # the first to finish waits for the last
     for broken in data.broken if rank == 0 else []:
         print(f"left out: {broken}")
     start = time.time()
-    written = write_cache(data, *latent, args.out, device, rank=rank, world=world)
+    if rank == 0:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    with lock(args.out) if rank == 0 else nullcontext():
+        written = write_cache(data, *latent, args.out, device, rank=rank, world=world)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -462,8 +561,40 @@ def cache(args, data, latent, device):
         )
 
 
+def deaf(worker):
+    """Workers leave signals to the process that they serve: it still wants their batches."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers():
+    """When a run ends early: multiprocessing would ask them by a signal that they ignore, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def append(log, row):
+    with open(log, "a") as f:
+        f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+
+def update(model, ema, opt, clip, decay):
+    """Clip, step and average -> gradient norm, and 1. where it was not finite and nothing was applied.
+
+    The fused optimiser skips itself on the device, so that nobody has to wait for the number.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], clip)
+    opt.found_inf = (~torch.isfinite(norm)).float()
+    opt.step()
+    opt.zero_grad()
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    return norm, opt.found_inf
+
+
 def train(args, config, data, teacher, latent, device, checkpoint=None):
-    rank, world = start_ranks(device)
+    rank, world = start_ranks(device, 30)
+    atexit.register(kill_workers)
     out, parts = Path(args.out), world * args.accumulate
     bf16 = fast_bf16(device) if args.precision == "auto" else args.precision == "bf16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -499,7 +630,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
     feed = iter(
         torch.utils.data.DataLoader(
             data, batch_size=None, sampler=batches(indices, args, start, rank, world), num_workers=workers,
-            pin_memory=device.type == "cuda",
+            pin_memory=device.type == "cuda", worker_init_fn=deaf,
         )
     )  # fmt: skip
 
@@ -508,11 +639,18 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
         record.update(hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         record.update(world_size=world, bf16=bf16, images=len(data), parameters=sum(p.numel() for p in params))
         name = f"config-from-step-{start}.json" if checkpoint else "config.json"
-        (out / name).write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(out / name, lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
         log = out / "log.jsonl"
         rows = log.read_text().splitlines(keepends=True) if log.exists() else []
         kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= start]
-        log.write_text("".join(kept))  # later ones come again, and a half-written one
+        # later ones come again, and a half-written one
+        write_whole(log, lambda f: f.write("".join(kept).encode()))
+        was = checkpoint and (checkpoint.get("processes", 1), checkpoint["settings"]["accumulate"])
+        if checkpoint and was != (world, args.accumulate):
+            print(
+                f"resumed on {world} processes x {args.accumulate} parts, saved on {was[0]} x {was[1]}: the same"
+                " batches and noise, equal to float rounding"
+            )
         print(
             f"{args.method} on {device}: {record['parameters'] / 1e6:.1f}M parameters, {len(indices)} images in"
             f" {len(data.classes)} classes, step {start} of {args.steps}"
@@ -521,18 +659,30 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
     def save(step):
         state = dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, seconds=seconds)
         state.update(config=dataclasses.asdict(config), settings=vars(args), classes=data.classes, images=len(data))
-        state.update(latent=latent[1] if latent else None)
+        state.update(latent=latent[1] if latent else None, processes=world)
         write_whole(out / "last.pt", lambda f: torch.save(state, f))
+        if args.keep:  # a second name of the same file costs nothing until last.pt is another
+            numbered = out / f"step-{step:07d}.pt"
+            numbered.unlink(missing_ok=True)
+            os.link(out / "last.pt", numbered)
+            for old in sorted(out.glob("step-*.pt"))[: -args.keep]:
+                old.unlink()
 
-    sums, skipped, since, clock = torch.zeros(4, device=device), torch.zeros((), device=device), start, time.time()
+    cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" and world > 1 else None
+    sums, since, clock, run, saved = torch.zeros(4, device=device), start, time.time(), 0, True
+    skips = torch.zeros(args.log_every, device=device)  # 1 for each step since the last log that was not applied
     bar = tqdm(
         total=args.steps, initial=start, disable=rank > 0, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30
     )
     for step in range(start, args.steps):
+        stop = torch.tensor(len(caught))
+        if world > 1:  # all stop after the same step; the answer comes while the step runs
+            agreement = dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group, async_op=True)
         ramp = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
         if args.lr_schedule == "cosine":
             ramp *= 0.5 + 0.5 * np.cos(np.pi * step / args.steps)
         opt.param_groups[0]["lr"] = args.lr * float(ramp)
+        terms = torch.zeros(3, device=device)
         for i in range(rank, parts, world):
             images, labels, moments = on(device, next(feed))
             target = teacher(images) if teacher else None
@@ -543,63 +693,72 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
                 with autocast:
                     losses = method.loss(wrapped, x, labels, target, config, generator, part=(i, parts))
                 (losses["loss"] / args.accumulate).backward()
-            sums[:3] += torch.stack([losses[k].detach() for k in ("loss", "denoise", "align")]) / args.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
-        # a non-finite gradient must not reach weights or EMA: the fused step skips itself on the device, so that
-        # nobody has to wait for the number
-        opt.found_inf = (~torch.isfinite(norm)).float()
-        skipped += opt.found_inf
-        sums[3] += norm
-        opt.step()
-        opt.zero_grad()
+            terms += torch.stack([losses[k].detach() for k in ("loss", "denoise", "align")]) / args.accumulate
         decay = min(args.ema, (1 + step) / (10 + step)) if args.ema_warmup else args.ema
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        norm, skips[step - since] = update(model, ema, opt, args.clip, decay)
+        sums += torch.where(skips[step - since] > 0, 0, torch.cat([terms, norm[None]]))
         bar.update()
 
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             if world > 1:
                 dist.all_reduce(sums)
-            loss, denoise, align, grad_norm = (sums / (done - since) / world).tolist()
+            flags = skips[: done - since].bool().tolist()
+            run = refuse_streak(run, since, flags, indices, args, data)
+            loss, denoise, align, grad_norm = (sums / max(1, done - since - sum(flags)) / world).tolist()
             elapsed = time.time() - clock
             seconds += elapsed
-            refuse_skipped(skipped, done, out)
             row = dict(step=done, loss=loss, denoise=denoise, align=align)
             row.update(held_out=held_out_loss(model, method.loss, held, config, autocast, device), grad_norm=grad_norm)
             row.update(lr=opt.param_groups[0]["lr"], images_per_s=(done - since) * args.batch_size / elapsed)
-            row.update(seconds=seconds)
+            row.update(seconds=seconds, skipped=sum(flags))
             if rank == 0:
-                with open(log, "a") as f:
-                    f.write(json.dumps({k: v if k == "step" else float(f"{v:.6g}") for k, v in row.items()}) + "\n")
+                warned(lambda: append(log, row))
             bar.set_postfix_str(
                 f"loss {loss:.4f} denoise {denoise:.4f} align {align:.4f} held-out {row['held_out']:.4f}"
                 f" {row['images_per_s']:.0f} img/s"
             )
             sums.zero_()
+            skips.zero_()
             since, clock = done, time.time()
+        if world > 1:
+            agreement.wait()
+        stop = bool(stop) and done < args.steps
+        if stop:
+            seconds += time.time() - clock
         pause = time.time()  # not training: keep it out of the images/s
-        if done % args.ckpt_every == 0 or done == args.steps:
-            refuse_skipped(skipped, done, out)
-            if rank == 0:
-                save(done)
+        if rank == 0 and (done % args.ckpt_every == 0 or done == args.steps or stop):
+            saved = warned(lambda: save(done))
+        if stop:
+            break
         drawn = args.sample_every and (done % args.sample_every == 0 or done == args.steps)
-        if drawn:
-            refuse_skipped(skipped, done, out)
         if rank == 0 and drawn:
-            draw_samples(ema, data, args, latent, out / "samples" / f"step-{done:07d}.png")
+            warned(lambda: draw_samples(ema, data, args, latent, out / "samples" / f"step-{done:07d}.png"))
         if rank == 0 and (drawn or done == args.steps) and log.stat().st_size:
-            plot(out)
+            warned(lambda: plot(out))
         clock += time.time() - pause
     bar.close()
+    del feed  # and with it the workers
+    if world > 1:
+        dist.destroy_process_group()
+    if not saved:
+        raise SystemExit(
+            f"train.py: step {done} could not be saved; {out}/last.pt, if it is there, is of an earlier step"
+        )
+    if stop:
+        if rank == 0:
+            print(f"stopped by a signal after step {done}, saved in {out}/last.pt; --resume --out {out} goes on")
+        raise SystemExit(STOPPED)
     if rank == 0:
         cfg = f" --cfg {args.sample_cfg:g}" if args.sample_cfg != 1 else ""
         cfg += f" --vae {args.vae}" if latent and latent[1]["vae"] == "local" else ""
         cfg += f" --vae-weights {args.vae_weights}" if latent and args.vae_weights else ""
         shown = f"{out}/samples and {out}/curves.png show" if args.sample_every else f"{out}/curves.png shows"
         print(f"{shown} the run; next: python sample.py --ckpt {out}/last.pt{cfg}")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before the first step, or a second time
+        sys.exit(130)

@@ -1,15 +1,20 @@
-"""How fast it is on the device at hand, side by side with what else there is, in one run.
+"""How fast it is on the device at hand, in one run, and side by side with what else there is.
 
-    pip install pytorch-fid 'scipy<1.18'         in a scratch environment: its sqrtm call is gone from later scipy
-    python experiments/benchmark.py --json fid.json
+    python experiments/benchmark.py train --models SiT-S/2 SiT-B/2 --batch-size 16     a table of training steps
+    python experiments/benchmark.py sample --models SiT-S/2 --batch-size 8             images/s of each sampler
+    python experiments/benchmark.py data --data photos.zip --latents DIR               decoding, and reading a cache
+    python experiments/benchmark.py official --release DIR --models SiT-B/2            against the official code
+    python experiments/benchmark.py fid --batch-size 32                                fid.py against pytorch-fid
 
-fid.py against pytorch-fid, on the same random weights and 256-px images: images/s of the network, milliseconds of a
-2,048-dimensional Frechet distance, and images/s of fid.py as a whole, from an npz and from a folder of PNGs. Medians
-over alternating windows after a warm-up, so that a noisy machine disturbs both alike.
+Rivals take turns, window by window, after a warm-up, and the median counts, so that a noisy machine disturbs all alike;
+losses and images are read, so that nothing is skipped. Weights are random: speed does not depend on them.
+`fid` needs pip install pytorch-fid 'scipy<1.18' in a scratch environment: its sqrtm call is gone from later scipy.
 """
 
 import argparse
+import copy
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -19,21 +24,274 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fid  # noqa: E402
+from inputs.images import Folder  # noqa: E402
+from inputs.latents import Cached  # noqa: E402
+from inputs.teachers import fast_bf16, load_encoder  # noqa: E402
+from irepa import Config, SiT, irepa_loss  # noqa: E402
+from sample import generate, pick_device, seeded  # noqa: E402
+from train import update  # noqa: E402
 
 
-def windows(rivals, count):
+def windows(rivals, count, device="cpu"):
     """{name: callable} -> {name: median seconds of a call}, the callables taking turns."""
     seconds = {name: [] for name in rivals}
     for i in range(count + 1):  # the first is the warm-up
         for name, call in rivals.items():
             start = time.perf_counter()
             call()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize()
             if i:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def table(title, rows):
+    """Print dicts of the same keys, one a line."""
+    print(f"\n{title}")
+    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+
+
+def peak_memory(device):
+    """MiB since the start of the process (CPU) or the last reset (GPU)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def matmul_rate(device, size=4096):
+    """Measured bf16 FLOP/s of a square matrix product: what the utilisation is a share of."""
+    size = size if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / windows({"": lambda: a @ b}, 9, device)[""]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Step:
+    """One training step of train.py on a batch in memory: call it; .teacher() and .update() are its parts."""
+
+    def __init__(self, name, args, device, teacher, compiled):
+        torch.manual_seed(0)
+        dim = dict(encoder_dim=teacher.dim) if teacher else dict(projector=None)
+        self.config = Config.named(name, **dim)
+        self.model = SiT(self.config).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        self.opt = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True)
+        for block in self.model.blocks if compiled else []:
+            block.compile()
+        rs, n = np.random.RandomState(0), args.batch_size
+        self.images = torch.from_numpy(rs.randint(0, 256, (n, 3, 256, 256)).astype(np.uint8)).to(device)
+        self.x = torch.from_numpy(rs.standard_normal((n, 4, 32, 32)).astype(np.float32)).to(device)
+        self.y = torch.from_numpy(rs.randint(0, 1000, n)).to(device)
+        self.encoder, self.device, self.n = teacher, device, 0
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
+
+    def teacher(self):
+        return self.encoder(self.images) if self.encoder else None
+
+    def update(self):
+        return update(self.model, self.ema, self.opt, 1.0, 0.9999)
+
+    def loss(self, target):
+        with self.autocast:
+            return irepa_loss(self.model, self.x, self.y, target, self.config, seeded(0, self.n, self.device))["loss"]
+
+    def __call__(self):
+        loss = self.loss(self.teacher())
+        loss.backward()
+        self.update()
+        self.n += 1
+        return loss.item()
+
+
+def train(args, device):
+    rate = matmul_rate(device)
+    print(f"measured bf16 matrix product: {rate / 1e12:.2f} TFLOP/s")
+    teacher = load_encoder(args.encoder, 16, None if args.encoder in ("hog", "sift") else "random", device)
+    rows = []
+    for name in args.models:
+        for encoder in (None, teacher):
+            for compiled in (False, True) if args.compile else (False,):
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                step = Step(name, args, device, encoder, compiled)
+                with FlopCounterMode(display=False) as flops, step.autocast:
+                    step.model(step.x[:1], torch.zeros(1, device=device), step.y[:1])
+                seconds = windows({"step": step}, args.windows, device)["step"]
+                step.loss(step.teacher()).backward()
+                parts = dict(teacher=step.teacher, update=step.update)
+                parts = windows(parts, args.windows, device)
+                needed = 3 * flops.get_total_flops() * args.batch_size
+                rows.append({"model": name, "teacher": args.encoder if encoder else "none"})
+                rows[-1].update({"compiled": compiled, "images/s": args.batch_size / seconds, "ms/step": 1e3 * seconds})
+                rows[-1].update({"MFU": needed / seconds / rate, "peak MiB": round(peak_memory(device))})
+                rows[-1].update({"in teacher": parts["teacher"] / seconds, "in update": parts["update"] / seconds})
+                del step
+    table(
+        f"training, batch {args.batch_size}, 256 tokens; MFU = 3 forward FLOP a step / seconds / the rate above", rows
+    )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample(args, device):
+    rows = []
+    for name in args.models:
+        model = SiT(Config.named(name, projector=None)).to(device).eval().requires_grad_(False)
+        for block in model.blocks if args.compile else []:
+            block.compile()
+        labels = torch.arange(args.batch_size) % 1000
+        for precision in ("tf32", "bf16"):
+            torch.set_float32_matmul_precision("high")
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+            def draw(sampler, cfg, interval=(0.0, 1.0)):
+                settings = dict(sampler=sampler, steps=args.steps, cfg=cfg, cfg_interval=interval)
+                with autocast:
+                    return generate(model, labels, range(len(labels)), **settings).sum().item()
+
+            rivals = {
+                "sde": lambda: draw("sde", 1.0),
+                "sde, cfg 1.8": lambda: draw("sde", 1.8),
+                "sde, cfg 1.8 on [0, 0.7]": lambda: draw("sde", 1.8, (0.0, 0.7)),
+                "euler": lambda: draw("euler", 1.0),
+                "heun": lambda: draw("heun", 1.0),
+            }
+            for sampler, seconds in windows(rivals, args.windows, device).items():
+                rows.append({"model": name, "precision": precision, "sampler": sampler, "compiled": args.compile})
+                each = args.batch_size / seconds
+                rows[-1].update({"images/s": each, f"at 250 of {args.steps} steps": each * args.steps / 250})
+    table(f"sampling, batch {args.batch_size}, {args.steps} steps, without the VAE", rows)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def data(args, device):
+    images = Folder(args.data, 256, progress=False)
+    images.images, rows, order = None, [], np.random.RandomState(0).permutation(len(images))  # decode, as of ImageNet
+    some = order[: min(64, len(order))]
+    rivals = {"decode and crop a file": lambda: images[some]}
+    if args.latents:
+        cached = Cached(images, args.latents, images=False)
+        rivals["read a cache"] = lambda: cached[some]
+    for what, seconds in windows(rivals, args.windows).items():
+        rows.append({"what": what, "images/s of one core": len(some) / seconds})
+    table("data at 256 px, one process, files in the page cache", rows)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The official release
+
+
+def official(args, device):
+    """Their network, loss, spatial norm and sampler in the loop that they train with, on our weights and teacher."""
+    sys.path.insert(0, str(Path(args.release) / "ldm"))
+    for ours in ("sample", "train"):
+        sys.modules.pop(ours, None)
+    try:
+        from loss import SILoss
+        from models.sit import SiT_models
+        from samplers import euler_maruyama_sampler
+        from utils import SpatialNormalization
+    except ImportError as e:
+        raise SystemExit(f"benchmark.py: --release {args.release} is no checkout of the official code ({e})") from e
+    teacher = load_encoder(args.encoder, 16, None if args.encoder in ("hog", "sift") else "random", device)
+    rows = []
+    for name in args.models:
+        ours = Step(name, args, device, teacher, args.compile)
+        with torch.no_grad():  # a new model's gates are 0: nothing to compare
+            for p in ours.opt.param_groups[0]["params"]:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=0.02)
+        kinds = dict(projection_layer_type="conv", proj_kwargs_kernel_size=3, fused_attn=True, qk_norm=False)
+        theirs = SiT_models[name](
+            input_size=32, in_channels=4, num_classes=1000, use_cfg=True, z_dims=[teacher.dim],
+            encoder_depth=ours.config.encoder_depth, **kinds,
+        )  # fmt: skip
+        theirs.load_state_dict(ours.model.state_dict())
+        theirs = theirs.to(device).train()
+        average = copy.deepcopy(theirs).requires_grad_(False)
+        criterion = SILoss(projection_loss_type="cosine", proj_coeff="1.0")
+        normal = SpatialNormalization("zscore")
+
+        # the same weights, draws and target: the same losses
+        x, y, images = (v.cpu()[:4] for v in (ours.x, ours.y, ours.images))
+        target = teacher(images.to(device)).cpu()
+        torch.manual_seed(1)
+        denoise, align, _ = criterion(theirs.cpu(), x, dict(y=y), zs=[normal(target, zscore_alpha=0.6)])
+        mine = irepa_loss(ours.model.cpu(), x, y, target, ours.config, torch.Generator().manual_seed(1))
+        pairs = (denoise.mean().item(), mine["denoise"].item()), (float(align), mine["align"].item())
+        print(f"{name}: losses, theirs and ours: {pairs}")
+        assert all(abs(a - b) < 1e-4 * max(1, abs(a)) for a, b in pairs)
+
+        theirs, _ = theirs.to(device), ours.model.to(device)
+        compiled = torch.compile(theirs) if args.compile else theirs
+        opt = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.0)
+
+        def their_step():
+            with torch.no_grad(), ours.autocast:
+                zs = [normal(teacher(ours.images), zscore_alpha=0.6)]
+            with ours.autocast:
+                denoise, align, _ = criterion(compiled, ours.x, dict(y=ours.y), zs=zs)
+                loss = denoise.mean() + align.mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for slow, fast in zip(average.parameters(), theirs.parameters()):
+                    slow.mul_(0.9999).add_(fast, alpha=1e-4)
+            return loss.item()
+
+        noise, labels = torch.randn(args.batch_size, 4, 32, 32, device=device), ours.y
+
+        def their_samples():
+            average.eval()
+            with torch.no_grad():
+                return euler_maruyama_sampler(average, noise, labels, num_steps=args.steps).sum().item()
+
+        def our_samples(bf16):
+            torch.set_float32_matmul_precision("high")
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                x = generate(sampled, labels.cpu(), range(len(labels)), steps=args.steps)
+            return x.sum().item()
+
+        sampled = copy.deepcopy(ours.ema)
+        sampled.projectors = torch.nn.ModuleList()  # sample.py loads none
+        for block in sampled.blocks if args.compile else []:
+            block.compile()
+        count = args.batch_size
+        seconds = windows({"theirs": their_step, "ours": ours}, args.windows, device)
+        rows.append({"model": name, "what": "training step", "theirs, images/s": count / seconds["theirs"]})
+        rows[-1].update({"ours, images/s": count / seconds["ours"], "times": seconds["theirs"] / seconds["ours"]})
+        rivals = {"theirs": their_samples, "ours": lambda: our_samples(False), "bf16": lambda: our_samples(True)}
+        seconds = windows(rivals, args.windows, device)
+        for mine, what in (("ours", "sampling, SDE"), ("bf16", "sampling, SDE, ours in bf16")):
+            rows.append({"model": name, "what": what, "theirs, images/s": count / seconds["theirs"]})
+            rows[-1].update({"ours, images/s": count / seconds[mine], "times": seconds["theirs"] / seconds[mine]})
+    table(f"the official release, batch {args.batch_size}, {args.encoder}, sampling in {args.steps} steps", rows)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The evaluator
 
 
 def pytorch_fid_network(weights, device):
@@ -46,16 +304,8 @@ def pytorch_fid_network(weights, device):
     return inception.InceptionV3([3]).eval().to(device)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--windows", type=int, default=7)
-    parser.add_argument("--images", type=int, default=128, help="for fid.py as a whole")
-    parser.add_argument("--json", metavar="OUT")
-    args = parser.parse_args()
-    device, result = torch.device(args.device), {}
-    rs = np.random.RandomState(0)
+def evaluator(args, device):
+    result, rs = {}, np.random.RandomState(0)
     folder = tempfile.TemporaryDirectory()
     root = Path(folder.name)
 
@@ -104,11 +354,39 @@ def main():
     rivals = {name: lambda s=s: fid.extract(s, ours, device, args.batch_size) for name, s in sets.items()}
     for name, seconds in windows(rivals, 2).items():
         result[f"whole, fid.py from {name}, images/s"] = args.images / seconds
+    table("the evaluator, 256-px images", [{"what": what, "": value} for what, value in result.items()])
+    return result
 
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "sample", "data", "official", "fid"))
+    parser.add_argument("--models", nargs="+", default=["SiT-S/2", "SiT-B/2"], help="SiT-XL/2 and so on")
+    parser.add_argument("--encoder", default="dinov2_vitb14", help="the teacher, with random weights")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10, help="of sampling")
+    parser.add_argument("--windows", type=int, default=5)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
+    parser.add_argument("--data", metavar="PATH", help="for data: a folder of class folders, or a zip of one")
+    parser.add_argument("--latents", metavar="DIR", help="for data: a cache of it")
+    parser.add_argument("--release", metavar="DIR", help="for official: a checkout")
+    parser.add_argument("--images", type=int, default=128, help="for fid: of fid.py as a whole")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", metavar="OUT")
+    args = parser.parse_args()
+    needs = dict(data="data", official="release").get(args.what)
+    if needs and not getattr(args, needs):
+        parser.error(f"{args.what} needs --{needs}")
+    try:
+        device = pick_device(args.device)
+    except ValueError as e:
+        parser.error(str(e))
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    calls = dict(train=train, sample=sample, data=data, official=official, fid=evaluator)
+    result = dict(what=args.what, settings=vars(args), rows=calls[args.what](args, device))
     result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     result["torch"], result["threads"] = str(torch.__version__), torch.get_num_threads()
-    for name, value in result.items():
-        print(f"{name:<40} {value if not isinstance(value, float) else f'{value:.2f}'}")
+    print(f"\n{result['device']}, torch {result['torch']}, {result['threads']} threads")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -27,7 +27,9 @@ class BrokenImage(ValueError):
 def line(error):
     """An error's text on one line, for a person."""
     text = " ".join(str(error).split())
-    return f"{text} is missing" if isinstance(error, KeyError) else text or type(error).__name__
+    if isinstance(error, KeyError) and isinstance(error.args[0], str):
+        return f"{text} is missing"
+    return text or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------

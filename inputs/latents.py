@@ -5,10 +5,15 @@ its spec, a dict (vae, sha256 of its weights, channels, factor, scale, bias), wh
 latents of another VAE or scale look alike and mean something else.
 """
 
+import argparse
 import hashlib
 import json
 import os
+import pickle
+import re
 import tempfile
+import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,7 @@ from tqdm import tqdm
 from inputs.images import line, workers_for
 
 VAES = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-mse", "sd-vae-ft-ema")}
+SPEC = ("vae", "sha256", "channels", "factor", "scale", "bias")
 # the architecture of both, for files that hold tensors only
 SD_VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4,
@@ -84,12 +90,26 @@ def tensors(path):
         from safetensors.torch import load_file
 
         return list(load_file(path).values())
-    stack, out = [torch.load(path, map_location="cpu", weights_only=True)], []
+    stack, out = [read_pt(path)], []
     while stack:
         item = stack.pop()
         stack += item.values() if isinstance(item, dict) else []
         out += [item] if torch.is_tensor(item) else []
     return out
+
+
+def read_pt(path):
+    """What torch.save wrote to `path`, on the CPU, without executing anything in it. ValueError saying why not."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA's released files hold one
+            # the format before torch 1.6 is no zip, and cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as e:
+        name = re.search(r"GLOBAL ([\w.]+)", str(e))
+        why = f"; it would call {name[1]}" if name else ""
+        raise ValueError(f"{path} is refused: it is no file of tensors, or would run code when loaded{why}") from e
+    except Exception as e:  # the readers of zip, pickle and tensors raise anything on a damaged file
+        raise ValueError(f"{path} is damaged, or no file of tensors ({type(e).__name__}: {line(e)[:200]})") from e
 
 
 def fingerprint(tensor):
@@ -99,7 +119,7 @@ def fingerprint(tensor):
 def read_stats(path, channels):
     """(scale, bias), a list each, from the release's file of latents_scale and latents_bias."""
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = read_pt(path)
         scale, bias = (torch.as_tensor(data[k]).flatten().tolist() for k in ("latents_scale", "latents_bias"))
     except Exception as e:  # pickle, zip and key errors have no common class
         raise ValueError(f"--latent-stats {path} is no file of latents_scale and latents_bias: {line(e)[:300]}") from e
@@ -168,10 +188,10 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
             if found[key] != manifest[key]:
                 raise ValueError(f"{out} holds another cache: its {key} is {found[key]}, not {manifest[key]}")
     elif rank == 0:
-        begun = {"labels.npy", "files.json", "files.json.tmp", "manifest.json.tmp"}
-        if out.exists() and {file.name for file in out.iterdir()} - begun:
-            raise ValueError(f"{out} holds something else, and is left as it is; name a new folder with --out")
+        begun = {".lock", "labels.npy", "files.json", "files.json.tmp", "manifest.json.tmp"}
         out.mkdir(parents=True, exist_ok=True)
+        if {file.name for file in out.iterdir()} - begun:
+            raise ValueError(f"{out} holds something else, and is left as it is; name a new folder with --out")
         np.save(out / "labels.npy", data.labels)
         write_whole(out / "files.json", lambda f: f.write(json.dumps(data.files).encode()))
         write_whole(out / "manifest.json", lambda f: f.write(json.dumps(manifest, indent=1).encode()))
@@ -210,7 +230,7 @@ def open_shard(out, start, shard, shape):
     file = shard_path(out, start, shard)
     try:
         stored = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
+    except Exception as e:  # a damaged header makes numpy raise anything
         raise ValueError(f"{file} is damaged ({line(e)}); delete it and run --cache-latents again") from e
     if stored.shape != shape or stored.dtype != np.float16:
         raise ValueError(f"{file} is damaged: {stored.dtype} {stored.shape}, not float16 {shape}; delete it")
@@ -218,12 +238,35 @@ def open_shard(out, start, shard, shape):
 
 
 def write_whole(path, save):
-    """All of what save(file) writes or nothing under `path`: one killed while writing leaves what was there before."""
-    with open(f"{path}.tmp", "wb") as f:
-        save(f)
-        f.flush()
-        os.fsync(f.fileno())
+    """All of what save(file) writes or nothing under `path`: killed while writing, what was there before stays.
+
+    OSError where it does not fit on the disk.
+    """
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:  # torch.save has its own class for a full disk
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({line(e)[:200]})") from e
     os.replace(f"{path}.tmp", path)
+
+
+def lock(folder):
+    """A context that holds `folder` for this process, however it ends. ValueError where another process holds it."""
+    try:
+        import fcntl
+    except ImportError:
+        print(f"warning: this system has no file locks; see that no second run writes to {folder}")
+        return nullcontext()
+    file = open(Path(folder) / ".lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers, unlike flock
+    except (BlockingIOError, PermissionError) as e:
+        file.close()
+        raise ValueError(f"another process is writing to {folder}: wait for it, or choose another name") from e
+    return file
 
 
 def digest_of(data):
@@ -236,11 +279,7 @@ def read_manifest(path):
     try:
         manifest = json.loads((Path(path) / "manifest.json").read_text())
         needed = {"spec", "image_size", "count", "shard", "classes", "files_sha256", "precision"}
-        if (
-            not needed <= manifest.keys()
-            or manifest["shard"] < 1
-            or not {"vae", "sha256", "channels", "factor", "scale", "bias"} <= {*manifest["spec"]}
-        ):
+        if not needed <= manifest.keys() or manifest["shard"] < 1 or not {*SPEC} <= {*manifest["spec"]}:
             raise ValueError("entries are missing")
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no cache of latents: manifest.json cannot be used ({e})") from e

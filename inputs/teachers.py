@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from inputs.images import line
+from inputs.latents import read_pt
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -344,7 +345,7 @@ def read_weights(path):
         raise ValueError(f"{path} is a folder without .safetensors files")
     if files[0].suffix == ".safetensors":
         return {k: v for file in files for k, v in load_file(file).items()}
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_pt(path)
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
     for key in ("state_dict", "model"):
@@ -400,7 +401,10 @@ class ViT(nn.Module):
             self.model.to(torch.bfloat16)
         for key, value in zip(("mean", "std"), entry.stats):
             self.register_buffer(key, torch.tensor(value, device=device).view(3, 1, 1), persistent=False)
-        got = self(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8, device=device)).shape
+        got = self(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8, device=device))
+        if not torch.isfinite(got).all():
+            raise ValueError(f"{name} with {weights}: its tokens are not finite; the file is damaged")
+        got = got.shape
         if got[1:] != (grid**2, self.dim):
             raise ValueError(f"{name} gives {list(got[1:])} at {self.side} px, the model needs [{grid**2}, {self.dim}]")
 
@@ -409,6 +413,7 @@ class ViT(nn.Module):
         # that fits nowhere would load nothing and say nothing
         make = dict(pretrained=weights != "random")
         if weights not in (None, "random"):
+            read_weights(weights)  # refused in our words, where it would run code or is damaged
             make["pretrained_cfg_overlay"] = dict(file=weights, custom_load=False)
         return without_head(build(timm_id, grid, self.side, **make))
 
