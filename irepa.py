@@ -47,31 +47,12 @@ class Config:
     proj_coeff: float = 1.0  # weight of the alignment in the loss
 
     def __post_init__(self):
-        def check(ok, message):
-            if not ok:
-                raise ValueError(message)
-
-        positive = "input_size patch_size in_channels hidden_size depth num_heads num_classes kernel_size projector_dim"
-        for name in positive.split():
-            check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        check(
-            self.input_size % self.patch_size == 0,
-            f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}",
-        )
+        check_network(self)
         check(
             self.hidden_size % self.num_heads == 0 and self.hidden_size % 4 == 0,
             f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4",
         )
         check(self.path in ("linear", "cosine"), f"path is 'linear' or 'cosine', not {self.path!r}")
-        check(
-            self.projector in ("conv", "mlp", "linear", None),
-            f"projector is 'conv', 'mlp', 'linear' or None, not {self.projector!r}",
-        )
-        check(
-            self.projector is None or 1 <= self.encoder_depth <= self.depth,
-            f"encoder_depth {self.encoder_depth} is not among the {self.depth} blocks",
-        )
-        check(self.kernel_size % 2 == 1, f"kernel_size {self.kernel_size} must be odd, to keep the token grid")
 
     @classmethod
     def named(cls, name, **overrides):
@@ -80,18 +61,45 @@ class Config:
         The alignment sits after block 4 (S, B) or 8 (L, XL), never deeper than an overridden depth.
         ValueError, with the list of what there is, for a name or a field that does not exist.
         """
-        size, _, patch = name.removeprefix("SiT-").partition("/")
-        if not name.startswith("SiT-") or size not in SIZES or patch not in map(str, PATCHES):
-            names = " ".join(f"SiT-{s}/{p}" for s in SIZES for p in PATCHES)
-            raise ValueError(f"unknown model {name!r}; there are {names}")
-        known = [f.name for f in fields(cls)]
-        for field in overrides:
-            if field not in known:
-                raise ValueError(f"unknown field {field!r} of Config; there are {' '.join(known)}")
-        depth, width, heads, encoder_depth = SIZES[size]
-        settings = dict(patch_size=int(patch), depth=depth, hidden_size=width, num_heads=heads)
+        (depth, width, heads, encoder_depth), patch = look_up(cls, "SiT", SIZES, PATCHES, name, overrides)
+        settings = dict(patch_size=patch, depth=depth, hidden_size=width, num_heads=heads)
         settings["encoder_depth"] = min(encoder_depth, overrides.get("depth", depth))
         return cls(**{**settings, **overrides})
+
+
+def check(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+
+def check_network(c):
+    """What a Config of any transformer on patches must keep to, JiT's too."""
+    positive = "input_size patch_size in_channels hidden_size depth num_heads num_classes kernel_size projector_dim"
+    for name in positive.split():
+        check(getattr(c, name) > 0, f"{name} must be positive, not {getattr(c, name)}")
+    check(c.input_size % c.patch_size == 0, f"input_size {c.input_size} is not a multiple of patch_size {c.patch_size}")
+    check(
+        c.projector in ("conv", "mlp", "linear", None),
+        f"projector is 'conv', 'mlp', 'linear' or None, not {c.projector!r}",
+    )
+    check(
+        c.projector is None or 1 <= c.encoder_depth <= c.depth,
+        f"encoder_depth {c.encoder_depth} is not among the {c.depth} blocks",
+    )
+    check(c.kernel_size % 2 == 1, f"kernel_size {c.kernel_size} must be odd, to keep the token grid")
+
+
+def look_up(cls, family, sizes, patches, name, overrides):
+    """-> the row of `sizes` and the patch size that `name`, as "SiT-B/2", asks for; ValueError as in Config.named."""
+    size, _, patch = name.removeprefix(f"{family}-").partition("/")
+    if not name.startswith(f"{family}-") or size not in sizes or patch not in map(str, patches):
+        names = " ".join(f"{family}-{s}/{p}" for s in sizes for p in patches)
+        raise ValueError(f"unknown model {name!r}; there are {names}")
+    known = [f.name for f in fields(cls)]
+    for field in overrides:
+        if field not in known:
+            raise ValueError(f"unknown field {field!r} of Config; there are {' '.join(known)}")
+    return sizes[size], int(patch)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -315,17 +323,12 @@ def alignment_loss(z, target):
     return -F.cosine_similarity(z.float(), target.float(), dim=-1).mean()
 
 
-def irepa_loss(model, x, y, target, config, generator=None, part=(0, 1)):
-    """Denoising + proj_coeff * alignment (REPA, eq. 9), as a dict of scalars: loss, denoise, align.
+def draws(x, generator=None, part=(0, 1)):
+    """-> draw(sample, *shape): torch.rand's or torch.randn's numbers for each image of x, [len(x), *shape], beside x.
 
-    x [B, C, H, W] clean images in [-1, 1] or scaled latents, y [B] labels, target [B, T, encoder_dim] the teacher's
-    raw tokens (the spatial norm is applied here; ignored without projector). The times, noise and label drops come
-    from `generator`, on its device. part = (i, n) says that x is the i-th of n equal parts of a batch: the draws are
-    those of the whole batch, so that n ranks, or n accumulated parts, train as one.
+    They come from `generator`, on its device. part = (i, n) says that x is the i-th of n equal parts of a batch: the
+    draws are those of the whole batch, so that n ranks, or n accumulated parts, train as one.
     """
-    if config.projector and (target is None or target.shape[1] != (config.input_size // config.patch_size) ** 2):
-        got = None if target is None else list(target.shape)
-        raise ValueError(f"the model has {config.input_size // config.patch_size}^2 tokens, the teacher's are {got}")
     (i, n), size = part, len(x)
     device = generator.device if generator is not None else x.device
 
@@ -333,15 +336,35 @@ def irepa_loss(model, x, y, target, config, generator=None, part=(0, 1)):
         whole = sample(n * size, *shape, generator=generator, device=device)
         return whole[i * size : (i + 1) * size].to(x.device)
 
+    return draw
+
+
+def with_alignment(denoise, z, target, config):
+    """denoise + proj_coeff * alignment (REPA, eq. 9), as a dict of scalars: loss, denoise, align.
+
+    z [B, T, encoder_dim] projected tokens, target the teacher's raw ones, to which the spatial norm is applied here.
+    """
+    if not config.projector:
+        return dict(loss=denoise, denoise=denoise, align=torch.zeros_like(denoise))
+    if target is None or target.shape[1] != z.shape[1]:
+        got = None if target is None else list(target.shape)
+        raise ValueError(f"the model has {config.input_size // config.patch_size}^2 tokens, the teacher's are {got}")
+    if config.gamma is not None:
+        target = spatial_norm(target, config.gamma)
+    align = alignment_loss(z, target)
+    return dict(loss=denoise + config.proj_coeff * align, denoise=denoise, align=align)
+
+
+def irepa_loss(model, x, y, target, config, generator=None, part=(0, 1)):
+    """Denoising + proj_coeff * alignment (REPA, eq. 9), as a dict of scalars: loss, denoise, align.
+
+    x [B, C, H, W] clean images in [-1, 1] or scaled latents, y [B] labels, target [B, T, encoder_dim] the teacher's
+    raw tokens (ignored without projector). generator and part, as in draws, give the times, noise and label drops.
+    """
+    draw = draws(x, generator, part)
     t, noise = draw(torch.rand), draw(torch.randn, *x.shape[1:])
     if model.training:
         y = torch.where(draw(torch.rand) < config.class_dropout, config.num_classes, y)
     x_t, velocity = interpolate(x, noise, t, config.path)
     v, z = model(x_t, t, y)
-    denoise = (v.float() - velocity).square().mean()
-    if not config.projector:
-        return dict(loss=denoise, denoise=denoise, align=torch.zeros_like(denoise))
-    if config.gamma is not None:
-        target = spatial_norm(target, config.gamma)
-    align = alignment_loss(z, target)
-    return dict(loss=denoise + config.proj_coeff * align, denoise=denoise, align=align)
+    return with_alignment((v.float() - velocity).square().mean(), z, target, config)

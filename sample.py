@@ -1,4 +1,4 @@
-"""Sample from a checkpoint, ours or a released REPA / iREPA one.
+"""Sample from a checkpoint, ours or a released REPA, iREPA or JiT one.
 
     python sample.py --ckpt runs/demo/last.pt --cfg 2                                 a labelled grid of images, PNG
     python sample.py --ckpt last.pt --num 50000 --npz samples.npz                     the set that fid.py scores
@@ -40,7 +40,7 @@ from inputs.images import line
 from inputs.latents import SPEC, decode, load_vae, lock, read_pt, same_spec, write_whole
 from irepa import SIZES, Config, SiT, irepa_loss, path_coefficients
 
-VARIANTS = ()  # the files of variants/
+VARIANTS = ("jit", "meanflow", "repa_e")  # the files of variants/
 
 # ---------------------------------------------------------------------------------------------------------------
 # Velocity -> samples
@@ -225,14 +225,14 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(path, /, ema=True, **overrides):
-    """-> (SiT in eval mode on the CPU, Config). Reads our files and the released REPA and iREPA ones, strictly.
+    """-> (model in eval mode on the CPU, Config). Reads our files and the released REPA, iREPA and JiT ones, strictly.
 
     A released file's config is inferred from its shapes; overrides set what shapes do not show (num_heads of an
     unusual width, path). A missing or surplus tensor is a ValueError that names it, except that the projector,
     which sampling does not use, may be absent, and is ignored, whatever it is, with projector=None.
     """
     data = read_checkpoint(path)
-    weights = data.get("ema" if ema else "model")
+    weights = data.get("ema", data.get("model_ema1")) if ema else data.get("model")  # JiT has two averages
     if weights is None and data and all(torch.is_tensor(v) for v in data.values()):
         weights = data  # a bare state dict
     if not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
@@ -277,17 +277,21 @@ def load_checkpoint(path, /, ema=True, **overrides):
 
 
 def method_of(data):
-    """The --method that a checkpoint's dict was trained with; released files are irepa.py's."""
+    """The --method that a checkpoint's dict was trained with; released files are irepa.py's, or JiT's by a name."""
     settings = data.get("settings")
-    name = settings.get("method") if isinstance(settings, dict) else "irepa"
+    if isinstance(settings, dict):
+        name = settings.get("method")
+    else:
+        names = (k for part in (data, *data.values()) if isinstance(part, dict) for k in part)
+        name = "jit" if any(str(k).endswith("x_embedder.proj1.weight") for k in names) else "irepa"
     if name not in ("irepa", "repa", "sit", *VARIANTS):
         raise ValueError(f"its method is {name!r}, which is none of ours")
     return name
 
 
 def released_name(key):
-    """Without the prefixes of DDP and torch.compile, and with REPA's projectors.0.{0,2,4} under iREPA's name."""
-    while key.startswith(("module.", "_orig_mod.")):
+    """Without the prefixes of DDP, torch.compile and JiT, and with REPA's projectors.0.{0,2,4} under iREPA's name."""
+    while key.startswith(("module.", "_orig_mod.", "net.")):
         key = key.split(".", 1)[1]
     parts = key.split(".")
     if parts[0] == "projectors" and len(parts) == 4 and parts[2].isdigit():
@@ -297,6 +301,8 @@ def released_name(key):
 
 def infer_config(weights, args=None):
     """The Config fields that a released state dict shows by its shapes, and its args (a Namespace, or None) by name."""
+    if "x_embedder.proj1.weight" in weights:
+        return importlib.import_module("variants.jit").infer_config(weights, args)
     if "x_embedder.proj.weight" not in weights:
         raise ValueError("x_embedder.proj.weight is missing: these are not the weights of a SiT")
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
@@ -315,18 +321,20 @@ def infer_config(weights, args=None):
         path=getattr(args, "path_type", "linear"),
         encoder_depth=min(getattr(args, "encoder_depth", encoder_depth), depth),
     )
+    return {**settings, **projector_of(weights)}
+
+
+def projector_of(weights):
+    """The fields of the projector in a released state dict."""
     layer = "projectors.0.projection_layer"
     if f"{layer}.4.weight" in weights:
-        hidden = weights[f"{layer}.0.weight"].shape[0]
-        settings.update(projector="mlp", projector_dim=hidden, encoder_dim=weights[f"{layer}.4.weight"].shape[0])
-        settings.update(gamma=None, proj_coeff=0.5)
-    elif f"{layer}.weight" in weights:
+        hidden, encoder_dim = weights[f"{layer}.0.weight"].shape[0], weights[f"{layer}.4.weight"].shape[0]
+        return dict(projector="mlp", projector_dim=hidden, encoder_dim=encoder_dim, gamma=None, proj_coeff=0.5)
+    if f"{layer}.weight" in weights:
         shape = weights[f"{layer}.weight"].shape
-        settings.update(projector="conv" if len(shape) == 4 else "linear", encoder_dim=shape[0])
-        settings.update(kernel_size=shape[2] if len(shape) == 4 else 3)
-    else:
-        settings.update(projector=None)
-    return settings
+        kernel = shape[2] if len(shape) == 4 else 3
+        return dict(projector="conv" if len(shape) == 4 else "linear", encoder_dim=shape[0], kernel_size=kernel)
+    return dict(projector=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -352,7 +360,7 @@ def build_parser():
     add("--sampler", choices=("sde", "euler", "heun"), help="of SiT: sde, which is that of reported numbers")
     add("--steps", type=int, help="steps from noise to image; of SiT: 250")
     add("--cfg", type=float, help="guidance scale; 1 is none")
-    add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide for t in [LO, HI]; 0 1")
+    add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide for t in [LO, HI]; of JiT in its t")
     add("--seed", type=int, default=0, help="names the sample set; image i depends on (seed, i)")
     add("--batch-size", type=int, help="images at a time on each process; 256 on GPUs, else 64")
     add("--vae", help="of latent checkpoints, by default the one it was trained with, or sd-vae-ft-mse: as in train.py")
@@ -427,9 +435,13 @@ def beside(target):
     return Path(f"{target.with_suffix('') if target.suffix in ('.npz', '.png') else target}.json")
 
 
-def find_vae(args, data, config, device):
+def find_vae(args, data, model, device):
     """(VAE, spec) that turns the samples into images; None for a model of pixels. ValueError where they do not fit."""
-    spec = data.get("latent")
+    config, spec = model.config, data.get("latent")
+    if method_of(data) == "repa_e":
+        if args.vae or args.vae_weights or args.latent_stats:
+            raise ValueError(f"{args.ckpt} holds its own VAE: leave --vae, --vae-weights and --latent-stats out")
+        return importlib.import_module("variants.repa_e").stored_vae(data, model, device)
     if spec is None and config.in_channels == 3:
         if args.vae not in (None, "none") or args.latent_stats:
             raise ValueError(f"{args.ckpt} makes pixels: leave --vae and --latent-stats out")
@@ -575,7 +587,7 @@ def main(argv=None):
         method, given = method_named(name), {k: getattr(args, k) for k in "sampler steps cfg cfg_interval".split()}
         settings = sampler_settings(method, name, **given)
         vars(args).update(settings)
-        latent = find_vae(args, data, config, device)
+        latent = find_vae(args, data, model, device)
         names, step = data.get("classes"), data.get("step", data.get("steps"))
         rows = None
         if args.npz or args.out_dir:

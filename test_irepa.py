@@ -29,10 +29,13 @@ import inputs.teachers as teachers
 import irepa
 import sample
 import train
+import variants.meanflow as meanflow
+import variants.repa_e as repa_e
 from experiments import convergence
 from inputs.images import BrokenImage, Folder, Shapes, center_crop, to_rgb
 from inputs.teachers import load_encoder
 from irepa import Config, SiT, alignment_loss, interpolate, irepa_loss, spatial_norm
+from variants import jit
 
 torch.set_num_threads(2)
 HERE = Path(__file__).parent
@@ -1173,6 +1176,631 @@ def test_sampling_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(calls) == 6 and not (tmp_path / "s.npz.parts").exists()
     for key in ("arr_0", "labels"):
         assert np.array_equal(np.load(tmp_path / "s.npz")[key], np.load(tmp_path / "whole.npz")[key])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# JiT
+
+JIT = dict(
+    input_size=32, patch_size=4, hidden_size=96, depth=4, num_heads=4, bottleneck=16, num_classes=10, in_context_len=5,
+    in_context_start=2, encoder_dim=24, encoder_depth=3, projector_dim=64,
+)  # fmt: skip
+
+
+def jit_model(**changes):
+    """A tiny JiT whose weights depend on their names, with norms about 1: only then do rotations and norms show."""
+    model = jit.JiT(jit.Config(**{**JIT, **changes}))
+    for name, p in model.state_dict().items():
+        if name != "pos_embed":
+            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape)) * 0.1
+            p.copy_(torch.from_numpy((draw + ("norm" in name)).astype(np.float32)))
+    return model.eval()
+
+
+def some(x):
+    return [x[0, 0, 0, 0].item(), x[1, 1, 3, 5].item(), x[2, 2, 31, 31].item(), x.square().mean().sqrt().item()]
+
+
+def test_jit_gives_the_numbers_of_the_released_code(monkeypatch):
+    rng = np.random.RandomState(11)  # every number below is the released code's
+    x, noise = rng.uniform(-1, 1, (3, 3, 32, 32)), rng.standard_normal((3, 3, 32, 32))
+    feat, start = rng.standard_normal((3, 64, 24)) * 2 + 1, rng.standard_normal((3, 3, 32, 32))
+    x, noise, feat, start = (torch.from_numpy(a.astype(np.float32)) for a in (x, noise, feat, start))
+    u, y = torch.tensor([0.12, 0.55, 0.97]), torch.tensor([1, 10, 7])  # JiT's time
+    model, z_t = jit_model(), u.view(3, 1, 1, 1) * x + (1 - u).view(3, 1, 1, 1) * noise
+    near = dict(rel=1e-5, abs=1e-5)
+    with torch.no_grad():
+        image, z = model(z_t, 1 - u, y)
+        assert some(image) == pytest.approx([-0.2460538, -1.305179, 0.9916877, 1.0201077], **near)
+        assert [z[0, 0, 0], z[1, 7, 11], z[2, 63, 23]] == pytest.approx([3.1462934, -1.9143469, -0.1997355], **near)
+        z = jit_model(encoder_depth=2)(z_t, 1 - u, y)[1]  # where no class token has come in yet
+        assert [z[0, 0, 0], z[1, 7, 11], z[2, 63, 23]] == pytest.approx([3.751494, -1.6799929, -0.8606848], **near)
+        each = [(1.7380666, 0.0311098), (6.3802147, 0.0040461), (550.5833, 0.0343427)]
+        for i, (denoise, align) in enumerate(each):
+            given = iter([(torch.logit(u[i : i + 1]) + 0.8) / 0.8, noise[i : i + 1]])
+            monkeypatch.setattr(jit, "draws", lambda *_: lambda sample, *shape: next(given))
+            losses = jit.loss(model, x[i : i + 1], y[i : i + 1], feat[i : i + 1], model.config)
+            assert losses["denoise"].item() == pytest.approx(denoise, rel=1e-5)
+            assert losses["align"].item() == pytest.approx(align, **near)
+            assert losses["loss"].item() == pytest.approx(denoise + 0.5 * align, rel=1e-5)
+    samples = {
+        (4, 1.0): [-0.693628, -0.8480802, 0.5852628, 1.0296122],
+        (4, 2.5): [-0.0774962, -1.0702891, 0.6751028, 1.1951778],
+        (30, 1.0): [-1.0326312, -0.7679803, 0.2769447, 1.0280137],
+    }
+    for (steps, cfg), expected in samples.items():
+        got = jit.sampler(model, torch.tensor([1, 7, 3]), start, None, steps=steps, cfg=cfg)
+        assert some(got) == pytest.approx(expected, rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    "name,size,count",
+    [
+        ("JiT-B/16", 256, 131_123_712),
+        ("JiT-L/32", 512, 461_534_176),
+        ("JiT-H/16", 256, 952_514_368),
+    ],
+)
+def test_jit_sizes_are_the_published_ones(name, size, count):
+    config = jit.Config.named(name, input_size=size, projector=None)
+    with torch.device("meta"):
+        model = jit.JiT(config)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+    assert config.in_context_len == 32 and config.noise_scale == size / 256
+    assert config.in_context_start == {"B": 4, "L": 8, "H": 10}[name[4]]
+
+
+def test_jit_loss_is_its_formula_in_the_papers_time_and_parts_make_a_whole():
+    model = jit_model(noise_scale=2.0, P_mean=0.5, P_std=2.0).train()
+    config, x, y, target = model.config, normal(0, 4, 3, 32, 32), torch.arange(4), normal(1, 4, 64, 24)
+
+    def loss(part=(0, 1), rows=slice(None)):
+        return jit.loss(model, x[rows], y[rows], target[rows], config, torch.Generator().manual_seed(9), part)
+
+    whole = loss()
+    halves = [loss((i, 2), slice(2 * i, 2 * i + 2)) for i in range(2)]
+    for key in whole:
+        torch.testing.assert_close(whole[key], (halves[0][key] + halves[1][key]) / 2)
+    g = torch.Generator().manual_seed(9)
+    u = 1 / (1 + torch.exp(-0.5 - 2 * torch.randn(4, generator=g)))
+    e, drop = 2 * torch.randn(x.shape, generator=g), torch.rand(4, generator=g)
+    assert u.max() > 0.95 > u.min() and drop.min() < 0.1 < drop.max()  # or less would be seen
+    u = u.view(4, 1, 1, 1)
+    z = u * x + (1 - u) * e
+    image, tokens = model(z, 1 - u.flatten(), torch.where(drop < 0.1, 10, y))
+    v, predicted = ((a - z) / (1 - u).clamp(min=0.05) for a in (x, image))
+    torch.testing.assert_close(whole["denoise"], (predicted - v).square().mean())
+    torch.testing.assert_close(whole["align"], alignment_loss(tokens, spatial_norm(target, 0.8)))
+    torch.testing.assert_close(whole["loss"], whole["denoise"] + 0.5 * whole["align"])
+    with pytest.raises(ValueError, match=r"8\^2 tokens"):
+        jit.loss(model, x, y, target[:, :9], config)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_jit_alignment_reaches_no_block_after_its_depth(depth):
+    model = jit_model(encoder_depth=depth)
+    batch = normal(0, 2, 3, 32, 32), torch.tensor([1, 2]), normal(1, 2, 64, 24)
+    jit.loss(model, *batch, model.config)["align"].backward()
+    touched = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in model.blocks]
+    assert touched == [i < depth for i in range(4)]
+    assert not any(p.grad is not None and p.grad.any() for p in model.final_layer.parameters())
+    # class tokens, which come after block 2, are not aligned themselves, only seen by the patches
+    assert (model.in_context_posemb.grad is not None) == (depth > 2)
+
+
+class Imagining(Counting):
+    """Counting's numbers, as the image of a JiT."""
+
+    config = jit.Config(**JIT, noise_scale=2.0)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.1, 0.7), (0.25, 0.75), (0.1, 1.0)])
+@pytest.mark.parametrize("heun", [False, True])
+def test_jit_sampler_is_the_papers_loop(interval, heun):
+    model, y, noise, cfg = Imagining(), torch.tensor([1, 2]), normal(0, 2, 3, 4, 4), 2.5
+    evaluations = []
+
+    def velocity(z, k, steps):  # JiT's own time is k / steps
+        low, high = (round(steps * end, 6) for end in interval)
+        guide = k < high and (low == 0 or k > low)
+        evaluations.append(4 if guide else 2)
+        image, null = (z * (1 - k / steps) + label.view(2, 1, 1, 1) for label in (y, torch.full_like(y, 10)))
+        return ((null + cfg * (image - null) if guide else image) - z) / max(1 - k / steps, 0.05)
+
+    for steps in (10, 50):
+        evaluations.clear()
+        model.sizes.clear()
+        z = 2.0 * noise.double()
+        for k in range(steps):
+            v = velocity(z, k, steps)
+            if heun and k < steps - 1:
+                v = (v + velocity(z + v / steps, k + 1, steps)) / 2
+            z = z + v / steps
+        settings = dict(sampler="heun" if heun else "euler", steps=steps, cfg=cfg, cfg_interval=interval)
+        with torch.no_grad():
+            torch.testing.assert_close(jit.sampler(model, y, noise, None, **settings), z.float(), rtol=1e-4, atol=1e-4)
+        assert model.sizes == evaluations
+
+
+@pytest.mark.parametrize("ema,kind", [(True, "conv"), (False, "mlp"), (True, None)])
+def test_released_jit_checkpoints_load_strictly(tmp_path, capsys, ema, kind):
+    state = jit_model(projector=kind, noise_scale=2.0).state_dict()
+    args = argparse.Namespace(model="JiT-B/16", P_mean=-0.4, noise_scale=2.0, encoder_depth=2)
+    other = {f"net.{k}": torch.zeros_like(v) for k, v in state.items()}
+    file = dict(model=other, model_ema1=other, model_ema2=other, optimizer={}, epoch=3, args=args)
+    file["model_ema1" if ema else "model"] = {f"net.{k}": v for k, v in state.items()}
+    torch.save(file, tmp_path / "jit.pth")
+    with torch.random.fork_rng():
+        model, config = sample.load_checkpoint(tmp_path / "jit.pth", ema=ema, in_context_start=2)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    inferred = dict(JIT, noise_scale=2.0, P_mean=-0.4, projector=kind, encoder_depth=2)
+    if kind != "mlp":
+        del inferred["projector_dim"]
+    if kind is None:
+        del inferred["encoder_dim"]
+    assert inferred.items() <= asdict(config).items()
+    assert (config.gamma, config.proj_coeff) == (None if kind == "mlp" else 0.8, 0.5)
+    torch.save({k: v for k, v in state.items() if k != "blocks.1.mlp.w12.bias"}, tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match="missing blocks.1.mlp.w12.bias"):
+        sample.load_checkpoint(tmp_path / "bare.pth")
+    flags = ["--ckpt", str(tmp_path / "jit.pth"), "--steps", "2", "--num", "2", "--labels", "3"]
+    sample.main([*flags, "--npz", str(tmp_path / "s.npz"), *([] if ema else ["--no-ema"])])
+    assert json.loads((tmp_path / "s.json").read_text())["sampler"] == "heun"
+    with pytest.raises(SystemExit):
+        sample.main([*flags, "--npz", str(tmp_path / "t.npz"), "--sampler", "sde"])
+    assert "jit samples with --sampler heun or euler" in capsys.readouterr().err
+
+
+def test_jits_presets_and_what_it_has_not(photos, tmp_path, capsys):
+    args = settings("--method", "jit")
+    assert (args.model, args.vae, args.lr, args.beta2, args.clip, args.ema) == (
+        "JiT-B/16", "none", 5e-5, 0.95, None, 0.9999,
+    )  # fmt: skip
+    alignments = {"irepa": ("conv", 0.8, 0.5), "repa": ("mlp", None, 0.5), "none": (None, 0.6, 1.0)}
+    for align, expected in alignments.items():
+        config = train.network(settings("--method", "jit", "--align", align))
+        assert (config.projector, config.gamma, config.proj_coeff) == expected and config.input_size == 256
+    assert settings("--beta2", "0.9").clip == 1.0 and settings().beta2 == 0.999
+    demo = settings("--demo", "--method", "jit")
+    assert demo.model == "JiT-S/4" and demo.hidden_size and demo.beta2 == 0.95 and settings("--demo").beta2 == 0.999
+    small = [*RUN, "--data", photos, "--out", tmp_path / "run", "--method", "jit", "--model", "JiT-S/4"]
+    for flags, message in (
+        ("--qk-norm", "jit has no --qk-norm"),
+        ("--path cosine", "jit has no --path"),
+        ("--model SiT-S/4", "there are JiT-S/4"),
+        ("--image-size 128 --vae sd-vae-ft-mse", "JiT is made for pixels"),
+        ("--num-heads 16", "4 x num_heads 16"),
+        ("--beta2 1", "--beta2 lie in [0, 1)"),
+        ("--clip 0", "--clip must be positive"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(*small, *flags.split())
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="in_context_start 4"):
+        jit.Config(**{**JIT, "in_context_start": 4})
+
+
+def test_jit_overfits_stops_and_resumes(tmp_path):
+    for name, half in (("left", np.s_[:, :8]), ("top", np.s_[:8])):  # the lit half, which is at 1, the other at -1
+        pixels = np.zeros((16, 16, 3), np.uint8)
+        pixels[half] = 255
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(pixels).save(tmp_path / "few" / name / f"{i}.png")
+    flags = [*RUN, "--data", tmp_path / "few", "--method", "jit", "--model", "JiT-S/4", "--log-every", 20]
+    flags += "--lr 3e-3 --warmup 0 --ema 0.9 --hidden-size 64 --class-dropout 0 --sample-every 0".split()
+    run(*flags, "--out", tmp_path / "straight", "--steps", 150, "--lr-schedule", "cosine")
+    run(*flags, "--out", tmp_path / "stopped", "--steps", 4)
+    with pytest.raises(SystemExit):
+        run("--resume", "--out", tmp_path / "stopped", "--steps", 8, "--align", "none")
+    run("--resume", "--out", tmp_path / "stopped", "--steps", 8)
+    run(*flags, "--out", tmp_path / "eight", "--steps", 8)
+    for which in ("model", "ema"):
+        other = weights(tmp_path / "stopped", which)
+        assert all(torch.equal(v, other[k]) for k, v in weights(tmp_path / "eight", which).items())
+    rows = [json.loads(row) for row in (tmp_path / "straight/log.jsonl").read_text().splitlines()]
+    assert rows[-1]["denoise"] < 0.25 * rows[0]["denoise"] and "held_out" in rows[-1]
+    assert rows[-1]["align"] < rows[0]["align"] < 0
+    model, config = sample.load_checkpoint(tmp_path / "straight/last.pt")
+    data = Folder(tmp_path / "few", 16)[np.array([0, 6])][0]
+    assert isinstance(model, jit.JiT) and config.projector == "conv"
+    x = sample.generate(model, torch.tensor([0, 1] * 3), range(6), draw=jit.sampler, steps=10)
+    wrong = (x - torch.stack([data[k] for k in (0, 1) * 3]).float() / 127.5 + 1).abs().mean((1, 2, 3))
+    assert wrong.mean() < 0.3 and wrong.max() < 0.7  # an image of the other class is wrong by 1
+    run(*flags, "--out", tmp_path / "plain", "--steps", 2, "--align", "none")
+    assert json.loads((tmp_path / "plain/log.jsonl").read_text())["align"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# MeanFlow
+
+
+def meanflow_model(**changes):
+    torch.manual_seed(0)
+    model = meanflow.MeanFlow(meanflow.Config(**{**TINY, **changes}))
+    for name, p in model.state_dict().items():
+        if name != "pos_embed":
+            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape)) * 0.1
+            p.copy_(torch.from_numpy(draw.astype(np.float32)))
+    return model.eval()
+
+
+def flow(seed=0, n=4):
+    x, noise = normal(seed, n, 4, 8, 8), normal(seed + 1, n, 4, 8, 8)
+    t, r = torch.linspace(0.9, 0.3, n), torch.linspace(0.1, 0.2, n)
+    z, v = interpolate(x, noise, t)
+    return z, t, r, torch.arange(n) % 10, v
+
+
+def test_meanflow_target_is_the_identity_by_finite_differences():
+    model = meanflow_model()
+    z, t, r, y, v = flow()
+    rows = torch.tensor([0, 2, 3])
+    with torch.no_grad():
+        target = meanflow.average_target(model, z, t, r, y, v, rows)
+        h = 5e-3  # along the path: z moves with v, t with 1, r stays
+        ahead, behind = (model(z + s * h * v, t + s * h, y, r)[0] for s in (1, -1))
+        expected = v - (t - r).view(-1, 1, 1, 1) * (ahead - behind) / (2 * h)
+    assert ((target - expected)[rows].square().mean() / (expected - v)[rows].square().mean()).item() < 1e-5
+    assert torch.equal(target[1], v[1]) and not torch.allclose(target[0], v[0], atol=1e-2)
+    still = meanflow.average_target(model, z, t, t, y, v, rows)  # r = t: flow matching
+    assert torch.equal(still, v)
+
+
+def test_meanflow_without_its_additions_is_flow_matching():
+    model = meanflow_model(share=0.0, omega=1.0, kappa=0.0, power=0.0).train()
+    config, x, y, target = model.config, normal(3, 4, 4, 8, 8), torch.arange(4), normal(4, 4, 16, 24)
+    losses = meanflow.loss(model, x, y, target, config, torch.Generator().manual_seed(2))
+    g = torch.Generator().manual_seed(2)
+    normals, noise, drop = torch.randn(4, 2, generator=g), torch.randn(x.shape, generator=g), torch.rand(4, generator=g)
+    t = torch.sigmoid(normals - 0.4).max(1)[0]
+    z, v = interpolate(x, noise, t)
+    u, tokens = model(z, t, torch.where(drop < 0.1, 10, y), t)
+    align = alignment_loss(tokens, spatial_norm(target, 0.6))
+    torch.testing.assert_close(losses["denoise"], (u - v).square().mean())
+    torch.testing.assert_close(losses["align"], align)
+    torch.testing.assert_close(losses["loss"], (u - v).square().mean() * x[0].numel() + align)
+
+
+def test_meanflow_weights_each_image_and_parts_make_a_whole():
+    model = meanflow_model().train()
+    config, x, y, target = model.config, normal(3, 8, 4, 8, 8), torch.arange(8), normal(4, 8, 16, 24)
+
+    def loss(part=(0, 1), rows=slice(None)):
+        return meanflow.loss(model, x[rows], y[rows], target[rows], config, torch.Generator().manual_seed(9), part)
+
+    whole = loss()
+    halves = [loss((i, 2), slice(4 * i, 4 * i + 4)) for i in range(2)]
+    for key in whole:
+        torch.testing.assert_close(whole[key], (halves[0][key] + halves[1][key]) / 2)
+    squares = torch.tensor([1e-3, 1.0, 50.0], requires_grad=True)
+    meanflow.weighted(squares, config).sum().backward()
+    torch.testing.assert_close(squares.grad, 1 / (squares.detach() + 0.01))
+    t, r, rows = meanflow.draw_times(torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)), 0, config)
+    assert len(rows) == 1000 and (r <= t).all() and torch.equal((r < t).nonzero()[:, 0], rows)
+    assert torch.logit(torch.cat([t[rows], r[rows]])).mean() == pytest.approx(-0.4, abs=0.1)
+
+
+def test_meanflow_guides_inside_the_target():
+    model = meanflow_model(omega=0.7, kappa=0.4, guidance_interval=(0.4, 0.8))
+    z, t, r, y, v = flow()
+    y[2] = 10  # dropped: nothing to guide to
+    with torch.no_grad():
+        cond, null = (model(z, t, label, t)[0] for label in (y, torch.full_like(y, 10)))
+    guided = 0.7 * v + 0.4 * cond - 0.1 * null
+    got = meanflow.guided_velocity(model, z, t, y, v, model.config)
+    assert t.tolist() == pytest.approx([0.9, 0.7, 0.5, 0.3])
+    torch.testing.assert_close(got[1], guided[1], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(got[i], v[i]) for i in (0, 2, 3))  # out of the interval, without a label
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_meanflow_sampling_of_a_known_flow_is_exact(steps):
+    class Straight(torch.nn.Module):  # every path ends in the image of its class: u = (z - image) / t
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x, t, y, r):
+            return (x - images[y]) / t.view(-1, 1, 1, 1), None
+
+    images = normal(5, 3, 3, 4, 4).double()
+    x = meanflow.sampler(Straight(), torch.tensor([2, 0]), normal(6, 2, 3, 4, 4).double(), None, steps=steps)
+    torch.testing.assert_close(x, images[[2, 0]])
+
+
+def test_meanflow_alignment_reaches_no_block_after_its_depth():
+    model = meanflow_model()
+    batch = normal(0, 4, 4, 8, 8), torch.tensor([1, 2, 3, 4]), normal(1, 4, 16, 24)
+    meanflow.loss(model, *batch, model.config)["align"].backward()
+    touched = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in model.blocks]
+    assert touched == [True, True, False, False]
+
+
+def test_meanflow_overfits_stops_and_resumes(tmp_path, capsys):
+    for name in ("black", "white"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (16, 16), name).save(tmp_path / "few" / name / f"{i}.png")
+    flags = [*RUN, "--data", tmp_path / "few", "--method", "meanflow", "--log-every", 20, "--sample-every", 0]
+    flags += "--lr 3e-3 --ema 0.9 --hidden-size 64 --class-dropout 0 --omega 1 --kappa 0 --align none".split()
+    run(*flags, "--out", tmp_path / "straight", "--steps", 120, "--lr-schedule", "cosine")
+    run(*flags, "--out", tmp_path / "stopped", "--steps", 3)
+    run("--resume", "--out", tmp_path / "stopped", "--steps", 6)
+    run(*flags, "--out", tmp_path / "six", "--steps", 6)
+    for which in ("model", "ema"):
+        other = weights(tmp_path / "stopped", which)
+        assert all(torch.equal(v, other[k]) for k, v in weights(tmp_path / "six", which).items())
+    rows = rows_of(tmp_path / "straight")
+    assert rows[-1]["denoise"] < 0.6 * rows[0]["denoise"]
+    sample.main(
+        ["--ckpt", f"{tmp_path}/straight/last.pt", "--num", "8", "--labels", "0,1", "--npz", f"{tmp_path}/s.npz"]
+    )
+    assert json.loads((tmp_path / "s.json").read_text())["steps"] == 1  # one evaluation an image
+    x = np.load(tmp_path / "s.npz")["arr_0"].mean((1, 2, 3))
+    assert x[0::2].mean() < 110 < 145 < x[1::2].mean()
+    with pytest.raises(SystemExit):
+        sample.main(
+            ["--ckpt", f"{tmp_path}/straight/last.pt", "--num", "2", "--cfg", "2", "--npz", f"{tmp_path}/t.npz"]
+        )
+    assert "meanflow has no --cfg" in capsys.readouterr().err
+    for wrong, message in (
+        ("--sample-cfg 2", "has no --sample-cfg"),
+        ("--kappa 1", "kappa lies in [0, 1)"),
+        ("--method irepa --align irepa", "unknown field 'omega'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(*flags, "--out", tmp_path / "x", *wrong.split())
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# REPA-E
+
+
+def latent_normal(model):
+    """Statistics for bn that are neither 0 nor 1."""
+    model.bn.running_mean.copy_(torch.tensor([0.5, -1.0, 2.0, 0.0]))
+    model.bn.running_var.copy_(torch.tensor([4.0, 0.3, 1.0, 9.0]))
+    return model
+
+
+@pytest.fixture(scope="session")
+def joint():
+    """What a step of REPA-E takes: networks, a batch, and the VAE's loss of it."""
+    config = Config(**TINY)
+    model = latent_normal(repa_e.SiT(config))
+    model.load_state_dict({**model.state_dict(), **fill(SiT(config), strong=True).state_dict()})
+    vae, disc = latents.load_vae("tiny")[0].requires_grad_(True), repa_e.Discriminator(4)
+    batch = normal(0, 4, 3, 32, 32).clamp(-1, 1), torch.tensor([1, 2, 3, 4]), normal(1, 4, 16, 24)
+
+    def vae_loss(coeff=1.5, perceptual=None):
+        seeds = (torch.Generator().manual_seed(i) for i in (5, 6))
+        return repa_e.vae_loss(model, vae, disc, *batch, config, (coeff, 0.1), perceptual, *seeds)
+
+    return config, model, vae, disc, batch, vae_loss
+
+
+def test_which_networks_learn_from_which_loss(joint):
+    config, model, vae, disc, (x, y, target), vae_loss = joint
+    losses, z, recon = vae_loss()
+    assert z.shape == (4, 4, 8, 8) and recon.shape == x.shape
+    inner = {"encoder", "quant_conv"}
+
+    names = {p: "sit" for p in model.parameters()} | {p: "disc" for p in disc.parameters()}
+    names = {p: name for p, name in names.items() if p.requires_grad}
+    names |= {p: key.split(".")[0] for key, p in vae.named_parameters()}
+
+    def reached(loss):
+        grads = torch.autograd.grad(loss, [*names], retain_graph=True, allow_unused=True)
+        return {name for name, grad in zip(names.values(), grads) if grad is not None and grad.any()}
+
+    assert reached(losses["l1"]) == inner | {"decoder", "post_quant_conv"} and reached(losses["kl"]) == inner
+    assert reached(losses["gan"]) == inner | {"decoder", "post_quant_conv", "disc"}
+    assert reached(losses["vae_align"]) == inner | {"sit"} and reached(repa_e.hinge_loss(disc, x, recon)) == {"disc"}
+
+    def gradients(net):
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    nets = {net: [p for p in net.parameters() if p.requires_grad] for net in (vae, disc, model)}
+    repa_e.set_gradients(losses["loss"], nets[vae])
+    assert len(gradients(vae)) == len(nets[vae]) and not gradients(disc) and not gradients(model)
+    repa_e.set_gradients(repa_e.hinge_loss(disc, x, recon), nets[disc])
+    before = gradients(vae)
+    assert len(gradients(disc)) == len(nets[disc]) and not gradients(model)
+    sit = repa_e.loss(model.train(), z.detach(), y, target, config, torch.Generator().manual_seed(6))
+    repa_e.set_gradients(sit["loss"], nets[model])
+    assert len(gradients(model)) == len(nets[model]) == len([*model.parameters()]) - 1  # not the position table
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(vae)))
+    # the alignment adds 1.5 of its own gradient to the encoder's, and nothing to the decoder's
+    with_it, without = (torch.autograd.grad(vae_loss(c)[0]["loss"], nets[vae]) for c in (1.5, 0.0))
+    alone = torch.autograd.grad(vae_loss()[0]["vae_align"], [*vae.encoder.parameters()])
+    names = [name for name, _ in vae.named_parameters()]
+    for name, a, b in zip(names, with_it, without):
+        assert torch.equal(a, b) == name.startswith(("decoder.", "post_quant_conv.")), name
+    for g, a, b in zip(alone, with_it, without):
+        torch.testing.assert_close(a - b, 1.5 * g, rtol=1e-3, atol=1e-5)
+    for net in nets:
+        net.zero_grad()
+
+
+def test_the_vaes_losses_are_their_formulas(joint):
+    config, model, vae, disc, (x, y, target), vae_loss = joint
+    losses, z, recon = vae_loss(2.0, lambda a, b: (a - b).square().mean((1, 2, 3), keepdim=True))
+    with torch.no_grad():
+        found = vae.encode(x).latent_dist
+        std = (found.logvar / 2).exp()
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
+        torch.testing.assert_close(z, found.mean + std * noise)
+        posteriors = torch.distributions.Normal(found.mean, std)
+        kl = torch.distributions.kl_divergence(posteriors, torch.distributions.Normal(0, 1)).sum() / 4
+        torch.testing.assert_close(losses["kl"], kl, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(recon, vae.decode(z).sample)
+        g = torch.Generator().manual_seed(6)
+        t, eps = torch.rand(4, generator=g), torch.randn(z.shape, generator=g)
+        mean, var = (v.view(4, 1, 1) for v in (model.bn.running_mean, model.bn.running_var))
+        w = t.view(4, 1, 1, 1)
+        model.eval()
+        _, tokens = model((1 - w) * (z - mean) / (var + 1e-4).sqrt() + w * eps, t, y)  # no label is dropped
+        align = alignment_loss(tokens, spatial_norm(target, config.gamma))
+        torch.testing.assert_close(losses["vae_align"], align, rtol=1e-5, atol=1e-5)
+        total = (x - recon).abs().mean() + (x - recon).square().mean() + 1e-6 * kl + 2 * align
+        torch.testing.assert_close(losses["loss"], total - 0.1 * disc(recon).mean(), rtol=1e-5, atol=1e-5)
+        real, false = torch.tensor([2.0, -1.0]), torch.tensor([-3.0, 0.5])  # patch by patch
+        assert repa_e.hinge_loss(lambda v: v, real, false).item() == pytest.approx(0.5 * (2 / 2 + 1.5 / 2))
+    with torch.device("meta"):
+        disc = repa_e.Discriminator()
+        assert disc(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+    assert sum(p.numel() for p in disc.parameters()) == 2_765_633 and disc.main[11].out_channels == 1
+
+
+def test_latents_are_normalised_by_running_and_batch_statistics(joint, monkeypatch):
+    config, model, _, _, (_, y, target), vae_loss = joint
+    drawn = []
+    for module in (repa_e, irepa):
+        monkeypatch.setattr(module, "interpolate", lambda *args: drawn.append(args) or interpolate(*args))
+    blocks = []
+    handles = [block.register_forward_hook(lambda *_, i=i: blocks.append(i)) for i, block in enumerate(model.blocks)]
+    mean, var = model.bn.running_mean.clone(), model.bn.running_var.clone()
+    z = vae_loss()[1].detach()
+    assert blocks == [0, 1]  # no block after the alignment's
+    assert torch.equal(model.bn.running_mean, mean) and torch.equal(model.bn.running_var, var)
+    repa_e.loss(model.train(), z, y, target, config, torch.Generator().manual_seed(6))
+    for handle in handles:
+        handle.remove()
+    per_channel = z.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(model.bn.running_mean, 0.9 * mean + 0.1 * per_channel.mean(1))
+    torch.testing.assert_close(model.bn.running_var, 0.9 * var + 0.1 * per_channel.var(1))
+    (first, noise, t, _), (second, *again) = drawn
+    assert torch.equal(noise, again[0]) and torch.equal(t, again[1])  # both passes draw the same
+    torch.testing.assert_close(first, (z - mean.view(4, 1, 1)) / (var + 1e-4).sqrt().view(4, 1, 1))
+    torch.testing.assert_close(second.transpose(0, 1).flatten(1).mean(1), torch.zeros(4), rtol=0, atol=1e-4)
+    variance = per_channel.var(1, unbiased=False)
+    torch.testing.assert_close(second.transpose(0, 1).flatten(1).var(1, unbiased=False), variance / (variance + 1e-4))
+    model.eval()
+    spec = repa_e.latent_spec(latent_normal(model), dict(channels=4))
+    scale, bias = latents.per_channel(spec, z)
+    torch.testing.assert_close(model.bn(z) / scale + bias, z)  # what decode() does
+
+
+JOINT = [*RUN, *"--method repa_e --image-size 32 --model SiT-S/2 --vae tiny --lpips none --disc-width 4".split()]
+
+
+def test_repa_e_stops_resumes_and_samples(photos, tmp_path, capsys):
+    flags = [*JOINT, "--data", photos, "--ema", 0.5, "--warmup", 2, "--sample-every"]
+    run(*flags, 0, "--steps", 3, "--out", tmp_path / "straight")
+    run(*flags, 2, "--steps", 2, "--out", tmp_path / "stopped")
+    run("--resume", "--out", tmp_path / "stopped", "--steps", 3, "--sample-every", 0)
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "stopped"))
+    for which in ("model", "ema", "vae", "discriminator"):
+        assert all(torch.equal(v, b[which][k]) for k, v in a[which].items())
+    for which in ("opt", "opt_vae", "opt_disc"):
+        assert len(a[which]["state"]) > 10
+        for i, state in a[which]["state"].items():
+            assert all(torch.equal(v, b[which]["state"][i][k]) for k, v in state.items())
+    start = latents.load_vae("tiny")[0].state_dict()
+    assert all((a["vae"][k] != v).any() for k, v in start.items())
+    for key in ("bn.running_mean", "bn.running_var"):  # the EMA follows the statistics too
+        assert (a["ema"][key] != a["model"][key]).all() and (a["ema"][key] - a["model"][key]).abs().max() < 1
+    rows = [json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[-1]) for n in ("straight", "stopped")]
+    assert rows[0].keys() >= {*repa_e.MEANS, "held_out", "step", "lr"} and rows[0]["held_out"] == rows[1]["held_out"]
+    assert (tmp_path / "stopped/samples/reconstructions-0000002.png").stat().st_size > 1000
+    assert (tmp_path / "stopped/samples/step-0000002.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):  # another network
+        run("--resume", "--out", tmp_path / "stopped", "--steps", 4, "--align", "repa")
+
+    ckpt = ["--ckpt", str(tmp_path / "stopped/last.pt"), "--sampler", "euler", "--steps", "3", "--num", "4"]
+    for which, more in (("ema", []), ("model", ["--no-ema"])):
+        sample.main([*ckpt, *more, "--npz", str(tmp_path / f"{which}.npz")])
+        got, (model, _) = np.load(tmp_path / f"{which}.npz"), sample.load_checkpoint(ckpt[1], ema=which == "ema")
+        x = sample.generate(model, torch.from_numpy(got["labels"]), range(4), sampler="euler", steps=3)
+        mean, var = (b[which][f"bn.running_{k}"].view(4, 1, 1) for k in ("mean", "var"))
+        vae = latents.load_vae("tiny")[0]
+        vae.load_state_dict(b["vae"])
+        with torch.no_grad():
+            images = sample.to_uint8(vae.decode(x * (var + 1e-4).sqrt() + mean).sample).permute(0, 2, 3, 1)
+        assert np.abs(got["arr_0"].astype(int) - images.numpy()).max() <= 1
+    record = json.loads((tmp_path / "ema.json").read_text())
+    assert record["latent"]["bias"] == pytest.approx(b["ema"]["bn.running_mean"].tolist(), rel=1e-6)
+    for flags, message in ((["--vae", "tiny"], "holds its own VAE"), (["--labels", "9"], "classes are 0 to 1")):
+        with pytest.raises(SystemExit) as stop:
+            sample.main([*ckpt, *flags, "--npz", str(tmp_path / "x.npz")])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    torch.save({**b, "vae": {}}, tmp_path / "bad.pt")
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", str(tmp_path / "bad.pt"), "--npz", str(tmp_path / "x.npz"), "--num", "2"])
+    assert "the checkpoint's VAE cannot be used" in capsys.readouterr().err
+
+
+def test_repa_e_overfits(tmp_path, monkeypatch):
+    for name in ("black", "white"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for i in range(2):
+            image = Image.new("RGB", (32, 32), name)
+            image.paste("grey", (6, 12, 14, 20))  # for the teacher to see
+            image.save(tmp_path / "few" / name / f"{i}.png")
+    loss, free = repa_e.loss, []
+    monkeypatch.setattr(
+        repa_e, "loss", lambda m, z, *args, **kw: free.append(z.requires_grad) or loss(m, z, *args, **kw)
+    )
+    flags = "--image-size 24 --hidden-size 64 --batch-size 4 --steps 120 --lr 5e-3 --ema 0.9 --log-every 20"
+    flags += " --gan-coeff 0.01 --vae-proj-coeff 0.5 --sample-every 0"
+    run(*JOINT, "--data", tmp_path / "few", "--out", tmp_path / "run", *flags.split())
+    rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert len(free) > 100 and not any(free)  # the denoising loss never reaches the VAE
+    assert rows[-1]["l1"] < 0.2 < 0.5 < rows[0]["l1"] and rows[-1]["denoise"] < 0.6 * rows[0]["denoise"]
+    flags = "--num 8 --sampler heun --steps 20 --cfg 4 --labels 0,1 --ckpt"
+    sample.main([*flags.split(), str(tmp_path / "run/last.pt"), "--npz", str(tmp_path / "s.npz")])
+    x = np.load(tmp_path / "s.npz")["arr_0"].mean((1, 2, 3))
+    assert x[0::2].max() < 150 < x[1::2].min()
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--vae none", "trains a VAE"),
+        ("--accumulate 2", "leave --accumulate out"),
+        ("--image-size 16", "takes 24 px"),
+        ("--latent-stats x.pt", "leave --latent-stats out"),
+        ("--latents x", "leave --latents and"),
+        ("--vae-precision bf16", "leave --vae-precision out"),
+        ("--lpips nowhere.pth", "nowhere.pth: there is no such file: fetch https"),
+        ("--disc-width 0", "--disc-width must be positive"),
+        ("--gan-coeff inf", "must be finite"),
+        ("--method irepa", "are for --method repa_e"),
+        ("--demo --method jitter", "invalid choice"),
+    ],
+)
+def test_what_does_not_fit_repa_e_is_one_sentence(photos, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        run(*JOINT, "--data", photos, "--out", tmp_path / "run", *flags.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and "Traceback" not in error and not (tmp_path / "run").exists()
+
+
+def test_lpips_is_torchvisions_vgg_or_an_error(tmp_path, monkeypatch):
+    class Package(torch.nn.Module):  # as lpips.LPIPS: VGG's layers in slices, under their numbers
+        def __init__(self, **settings):
+            super().__init__()
+            assert settings == dict(net="vgg", pnet_rand=True, verbose=False)
+            slices = {"slice1": {"0": torch.nn.Conv2d(3, 4, 3)}, "slice2": {"5": torch.nn.Conv2d(4, 4, 3)}}
+            self.net = torch.nn.ModuleDict({k: torch.nn.ModuleDict(v) for k, v in slices.items()})
+
+    monkeypatch.setitem(sys.modules, "lpips", argparse.Namespace(LPIPS=Package))
+    state = {k.replace("net.slice1", "features").replace("net.slice2", "features"): v + 1
+             for k, v in Package(net="vgg", pnet_rand=True, verbose=False).state_dict().items()}  # fmt: skip
+    torch.save({**state, "classifier.0.weight": torch.ones(2)}, tmp_path / "vgg.pth")
+    net = repa_e.load_lpips(str(tmp_path / "vgg.pth"), "cpu")
+    assert torch.equal(net.net["slice2"]["5"].weight, state["features.5.weight"])
+    assert not any(p.requires_grad for p in net.parameters()) and repa_e.load_lpips("none", "cpu") is None
+    torch.save({"features.0.weight": torch.ones(2)}, tmp_path / "other.pth")
+    for weights, message in ((tmp_path / "other.pth", "does not hold torchvision's VGG16"), (None, "takes --lpips")):
+        with pytest.raises(ValueError, match=message):
+            repa_e.load_lpips(weights, "cpu")
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match="pip install lpips"):
+        repa_e.load_lpips(tmp_path / "vgg.pth", "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------

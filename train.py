@@ -21,19 +21,38 @@ STOPPED = 75  # exit code after a signal: saved, start it again (EX_TEMPFAIL)
 PATIENCE = 5  # non-finite steps in a row that end a run
 
 # --method: presets over the flags of the same names
-METHODS = {"irepa": dict(align="irepa"), "repa": dict(align="repa"), "sit": dict(align="none")}
+METHODS = {
+    "irepa": dict(align="irepa"),
+    "repa": dict(align="repa"),
+    "sit": dict(align="none"),
+    # lr and warm-up are JiT's 5e-5 a batch of 256 and 5 epochs of ImageNet
+    "jit": dict(align="irepa", model="JiT-B/16", vae="none", lr=5e-5, beta2=0.95, clip=None, warmup=25_000),
+    "meanflow": dict(align="irepa", model="SiT-B/2", beta2=0.95),
+    "repa_e": dict(align="irepa"),
+}
 # --align: likewise
 ALIGN = {
     "irepa": dict(projector="conv", kernel_size=3, gamma=0.6, proj_coeff=1.0),
     "repa": dict(projector="mlp", gamma=None, proj_coeff=0.5),
     "none": dict(projector=None),
 }
+# what --align means otherwise in another method
+ALIGN_OF = {("jit", "irepa"): dict(gamma=0.8, proj_coeff=0.5)}
 # --demo: likewise; drawn shapes take the place of --data
 DEMO = dict(
     image_size=32, model="SiT-S/4", hidden_size=192, depth=4, num_heads=3, encoder_depth=2, batch_size=32, steps=1800,
     lr=2e-3, warmup=100, lr_schedule="cosine", ema=0.998, ema_warmup=True, log_every=50, sample_every=600,
     ckpt_every=600, sample_cfg=3.0, out="runs/demo",
 )  # fmt: skip
+# what is otherwise in the demo of another method
+DEMO_OF = {
+    "jit": dict(model="JiT-S/4", steps=900, sample_every=300, ckpt_every=300, out="runs/jit-demo"),
+    "meanflow": dict(omega=2.0, kappa=0.0, sample_cfg=1.0, out="runs/meanflow-demo"),
+    "repa_e": dict(
+        model="SiT-S/1", vae="tiny", lpips="none", gan_coeff=0.01, disc_width=16, hidden_size=128, num_heads=4,
+        batch_size=16, steps=1200, sample_every=600, out="runs/repa-e-demo",
+    ),
+}  # fmt: skip
 
 
 def build_parser():
@@ -52,20 +71,30 @@ def build_parser():
         return parse
 
     add = parser.add_argument_group("method (presets: --method)").add_argument
-    add("--method", default="irepa", choices=METHODS, help="irepa: conv, spatial norm; repa: mlp; sit: no alignment")
-    add("--align", choices=ALIGN, help="the same for the other methods")
+    add(
+        "--method",
+        default="irepa",
+        choices=METHODS,
+        help="irepa: conv, spatial norm; repa: mlp; sit: none; or a file of variants",
+    )
+    add("--align", choices=ALIGN, help="the same for the other methods, by default irepa")
     add("--projector", type=optional(str), default="conv", help="conv, mlp, linear or none")
     add("--kernel-size", type=int, default=3, help="of the conv projector")
     add("--projector-dim", type=int, default=2048, help="hidden width of the mlp projector")
     add("--gamma", type=optional(float), default=0.6, help="of the spatial norm of the teacher's tokens, or none")
     add("--proj-coeff", type=float, default=1.0, help="weight of the alignment in the loss")
     add("--encoder-depth", type=int, help="align after this block; by size: 4 for S and B, 8 for L and XL")
+    add("--omega", type=float, help="of meanflow: guidance baked in, of the effective scale omega / (1 - kappa)")
+    add(
+        "--kappa", type=float, help="of meanflow: the part of it that comes from the network's own conditional velocity"
+    )
+    add("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="of meanflow: guide for t in [LO, HI]")
     add = parser.add_argument_group("teacher").add_argument
     add("--encoder", default="hog", help="hog or sift (no weights), a name of --list-encoders, timm:<any ViT>")
     add("--encoder-weights", metavar="FILE", help="local weights instead of a download; 'random' is for tests only")
     add("--list-encoders", action="store_true", help="print the teachers by name, and leave")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="SiT-XL/2", help="SiT-{S,B,L,XL}/{1,2,4,8}")
+    add("--model", default="SiT-XL/2", help="SiT-{S,B,L,XL}/{1,2,4,8} or JiT-{S,B,L,H}/{4,8,16,32}")
     add("--hidden-size", type=int, help="instead of the model's own")
     add("--depth", type=int, help="instead of the model's own")
     add("--num-heads", type=int, help="instead of the model's own")
@@ -79,20 +108,29 @@ def build_parser():
     add("--skip-broken", action="store_true", help="leave out, and list, images that cannot be decoded")
     add("--workers", type=int, help="decoding processes a rank; by default none where images are kept in memory")
     add = parser.add_argument_group("latents").add_argument
-    add("--vae", help="sd-vae-ft-mse (from 128 px up), sd-vae-ft-ema, a folder or file of one, or none: pixels")
+    add(
+        "--vae",
+        help="sd-vae-ft-mse (from 128 px up), sd-vae-ft-ema, a folder or file of one, or none: pixels; tiny: of repa_e",
+    )
     add("--vae-weights", choices=("random",), help="instead of the VAE's own, for tests only")
     add("--vae-precision", default="fp32", choices=("fp32", "bf16"), help="of the VAE's encoder and decoder")
     add("--latent-stats", metavar="FILE", help="scale and bias of each channel, as the release's .pt has them")
     add("--latents", metavar="DIR", help="cache of --data's latents; without it the VAE encodes in each step, slowly")
     add("--cache-latents", action="store_true", help="write that cache to --out, and leave; goes on where it stopped")
+    add = parser.add_argument_group("the VAE's training, of --method repa_e").add_argument
+    add("--lpips", metavar="FILE", help="torchvision's VGG16 weights for the perceptual loss, or none: without it")
+    add("--vae-proj-coeff", type=float, default=1.5, help="weight of the alignment in the VAE's loss")
+    add("--gan-coeff", type=float, default=0.1, help="weight of the discriminator in the VAE's loss")
+    add("--disc-width", type=int, default=64, help="channels of the discriminator's first layer")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=400_000, help="optimiser steps")
     add("--batch-size", type=int, default=256, help="global: over all processes and accumulated parts")
     add("--accumulate", type=int, default=1, help="parts a process's share of the batch is split into")
-    add("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay")
+    add("--lr", type=float, default=1e-4, help="AdamW, first beta 0.9, no weight decay")
+    add("--beta2", type=float, default=0.999, help="second beta of AdamW")
     add("--warmup", type=int, default=0, help="steps of linear warm-up of the learning rate")
     add("--lr-schedule", default="constant", choices=("constant", "cosine"), help="after the warm-up")
-    add("--clip", type=float, default=1.0, help="gradient norm")
+    add("--clip", type=optional(float), default=1.0, help="gradient norm, or none")
     add("--ema", type=float, default=0.9999, help="decay of the moving average of the weights, a step")
     add("--ema-warmup", action="store_true", help="let the decay rise to --ema as (1 + step) / (10 + step)")
     add("--seed", type=int, default=0, help="of weights, data order, noise, times and label drops")
@@ -121,10 +159,12 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
 import atexit  # noqa: E402
 import copy  # noqa: E402
 import dataclasses  # noqa: E402
+import importlib  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import multiprocessing  # noqa: E402
 import os  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 from contextlib import contextmanager, nullcontext  # noqa: E402
@@ -161,7 +201,8 @@ def resolve(parser, argv=None):
     defaults = vars(parser.parse_args([]))
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, parser))))
     given = {k: v for k, v in given.items() if v is not parser}  # what the user wrote
-    demo = DEMO if given.get("demo") else {}
+    method = given.get("method", "irepa")
+    demo = {**DEMO, **DEMO_OF.get(method, {})} if given.get("demo") else {}
     if demo and ("data" in given or given.get("cache_latents")):
         raise ValueError("--demo draws its own images: leave --data and --cache-latents out, or --demo")
     if demo and "model" in given:  # a size asked for by name is that size
@@ -169,7 +210,7 @@ def resolve(parser, argv=None):
     elif demo and given.get("depth", 1) > 0:
         demo = {**demo, "encoder_depth": min(demo["encoder_depth"], given.get("depth", demo["depth"]))}
     saved, checkpoint = {}, None
-    method, model = given.get("method", "irepa"), given.get("model", defaults["model"])
+    model = given.get("model", METHODS[method].get("model", defaults["model"]))
     out = Path(given.get("out") or demo.get("out") or f"runs/{method}-{model.replace('/', '-')}")
     if given.get("resume"):
         if not out.is_dir():
@@ -189,11 +230,15 @@ def resolve(parser, argv=None):
         saved = {k: v for k, v in saved.items() if k in defaults}
     elif int(os.environ.get("RANK", 0)) == 0 and not given.get("cache_latents"):
         refuse_used(out)
-    preset = METHODS[saved.get("method", method) if "method" not in given else method]
+    method = given.get("method", saved.get("method", method))
+    if method not in METHODS:
+        raise ValueError(f"{out} was trained with --method {method!r}, which is none of {', '.join(METHODS)}")
+    preset = METHODS[method]
     align = given.get("align") or preset["align"]
-    if align != preset["align"] and preset in (METHODS["irepa"], METHODS["repa"], METHODS["sit"]):
+    if align != preset["align"] and method in ("irepa", "repa", "sit"):
         raise ValueError(f"--align {align} is for other methods; of SiT say --method irepa, repa or sit")
-    args = argparse.Namespace(**{**defaults, **ALIGN[align], **preset, **demo, **saved, **given, "out": str(out)})
+    preset = {**ALIGN[align], **ALIGN_OF.get((method, align), {}), **preset, "align": align}
+    args = argparse.Namespace(**{**defaults, **preset, **demo, **saved, **given, "out": str(out)})
     if args.vae is None:
         args.vae = "none" if args.demo or args.image_size < 128 else "sd-vae-ft-mse"
     if args.vae == "none" and (args.latents or args.cache_latents or args.latent_stats):
@@ -204,11 +249,14 @@ def resolve(parser, argv=None):
         raise ValueError("--cache-latents writes to a folder of its own: name it with --out")
     if args.keep < 0:
         raise ValueError(f"--keep must not be negative, and is {args.keep}")
-    positive = "image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
+    for name in "lpips vae_proj_coeff gan_coeff disc_width".split():
+        if method != "repa_e" and (name in given or args.vae == "tiny"):
+            raise ValueError(f"--{name.replace('_', '-')} and --vae tiny are for --method repa_e")
+    positive = "disc_width image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
     for name in positive:
-        if not 0 < getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:  # --clip none
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in "proj_coeff gamma sample_cfg warmup workers sample_every seed".split():
+    for name in "proj_coeff vae_proj_coeff gan_coeff gamma sample_cfg warmup workers sample_every seed".split():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and (value >= 0 or isinstance(value, float))):
             raise ValueError(f"--{name.replace('_', '-')} must be finite, and a count not negative; it is {value}")
@@ -216,8 +264,8 @@ def resolve(parser, argv=None):
         raise ValueError(f"--seed must be below 2^63, not {args.seed}")
     if checkpoint and checkpoint["step"] >= args.steps and not given.get("cache_latents"):
         raise ValueError(f"{out} is at step {checkpoint['step']} already, and --steps is {args.steps}: nothing to do")
-    if not 0 <= args.class_dropout < 1 or not 0 <= args.ema < 1:
-        raise ValueError("--class-dropout and --ema lie in [0, 1)")
+    if not all(0 <= share < 1 for share in (args.class_dropout, args.ema, args.beta2)):
+        raise ValueError("--class-dropout, --ema and --beta2 lie in [0, 1)")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (world * args.accumulate):
         raise ValueError(
@@ -254,7 +302,10 @@ def read_last(out):
 
 def network(args, spec=None, num_classes=1000, encoder_dim=1):
     """The Config that the flags ask for. ValueError where they do not fit together."""
-    Config = method_named(args.method).Config
+    method = method_named(args.method)
+    Config = method.Config
+    if args.sample_cfg != 1 and "cfg" not in sampler_settings(method, args.method):
+        raise ValueError(f"--method {args.method} has no --sample-cfg: its guidance is trained in")
     factor, channels = (spec["factor"], spec["channels"]) if spec else (8, 4) if args.vae != "none" else (1, 3)
     if args.image_size % factor:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of the VAE's factor {factor}")
@@ -266,7 +317,9 @@ def network(args, spec=None, num_classes=1000, encoder_dim=1):
             fields[name] = getattr(args, name)
         elif getattr(args, name) != build_parser().get_default(name):
             raise ValueError(f"--method {args.method} has no --{name.replace('_', '-')}")
-    for name in "encoder_depth hidden_size depth num_heads".split():
+    for name in "encoder_depth hidden_size depth num_heads omega kappa guidance_interval".split():
+        if getattr(args, name) is not None and name not in has:
+            raise ValueError(f"--method {args.method} has no --{name.replace('_', '-')}")
         if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
     config = Config.named(args.model, **fields)
@@ -282,8 +335,8 @@ def network(args, spec=None, num_classes=1000, encoder_dim=1):
 def same_run(args, config, data, spec, checkpoint):
     """ValueError where a checkpoint belongs to another network, other data or other latents than what is asked."""
     old, new = dict(checkpoint["config"]), dataclasses.asdict(config)
-    for key in "method encoder seed batch_size".split():
-        old[key], new[key] = checkpoint["settings"][key], getattr(args, key)
+    for key in "method align encoder seed batch_size lpips vae_proj_coeff gan_coeff disc_width".split():
+        old[key], new[key] = checkpoint["settings"].get(key, getattr(args, key)), getattr(args, key)
     old.update(classes=checkpoint["classes"], images=checkpoint["images"])
     new.update(classes=data.classes, images=len(data))
     for key in old:
@@ -465,7 +518,10 @@ def main(argv=None):
             network(args)  # what does not fit together is said before anything slow
         device = pick_device(args.device)
         first = int(os.environ.get("RANK", 0)) == 0
-        latent = None
+        loop, latent = train, None
+        if args.method == "repa_e":  # which has one of its own, for three optimisers
+            sys.modules["train"] = sys.modules[__name__]  # it takes helpers from here, and no second copy of them
+            loop = importlib.import_module("variants.repa_e").loop(args, device)
         if args.vae != "none":
             bf16 = args.vae_precision == "bf16"
             latent = load_vae(args.vae, args.vae_weights, args.latent_stats, device, bf16)
@@ -500,7 +556,7 @@ def main(argv=None):
             print("warning: the teacher's weights are random; this is for tests only")
     try:
         with held, catching_signals():
-            train(args, config, data, teacher, latent, device, checkpoint)
+            loop(args, config, data, teacher, latent, device, checkpoint)
     except (BrokenImage, FloatingPointError) as e:
         parser.error(last_line(e))
 
@@ -584,12 +640,38 @@ def update(model, ema, opt, clip, decay):
 
     The fused optimiser skips itself on the device, so that nobody has to wait for the number.
     """
-    norm = torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], clip)
+    norm = torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], math.inf if clip is None else clip)
     opt.found_inf = (~torch.isfinite(norm)).float()
     opt.step()
     opt.zero_grad()
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     return norm, opt.found_inf
+
+
+def open_log(out, record, resumed):
+    """Write the run's settings, cut the log to the `resumed` step (None: a new run) -> the log's path."""
+    name = "config.json" if resumed is None else f"config-from-step-{resumed}.json"
+    write_whole(out / name, lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
+    log = out / "log.jsonl"
+    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+    # later ones come again, and a half-written one
+    kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= (resumed or 0)]
+    write_whole(log, lambda f: f.write("".join(kept).encode()))
+    return log
+
+
+def save_checkpoint(out, state, keep):
+    """out/last.pt, and its numbered names, of which the newest `keep` stay."""
+    write_whole(out / "last.pt", lambda f: torch.save(state, f))
+    if keep:  # a second name of the same file costs nothing until last.pt is another
+        numbered = out / f"step-{state['step']:07d}.pt"
+        numbered.unlink(missing_ok=True)
+        try:
+            os.link(out / "last.pt", numbered)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(out / "last.pt", numbered)
+        for old in sorted(out.glob("step-*.pt"))[:-keep]:
+            old.unlink()
 
 
 def train(args, config, data, teacher, latent, device, checkpoint=None):
@@ -604,7 +686,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
     model = method.model(config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0, fused=True)
+    opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
     start, seconds = 0, 0.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -638,13 +720,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
         record = dict(vars(args), **versions(), config=dataclasses.asdict(config), classes=data.classes)
         record.update(hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         record.update(world_size=world, bf16=bf16, images=len(data), parameters=sum(p.numel() for p in params))
-        name = f"config-from-step-{start}.json" if checkpoint else "config.json"
-        write_whole(out / name, lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
-        log = out / "log.jsonl"
-        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= start]
-        # later ones come again, and a half-written one
-        write_whole(log, lambda f: f.write("".join(kept).encode()))
+        log = open_log(out, record, start if checkpoint else None)
         was = checkpoint and (checkpoint.get("processes", 1), checkpoint["settings"]["accumulate"])
         if checkpoint and was != (world, args.accumulate):
             print(
@@ -660,13 +736,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None):
         state = dict(model=model.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, seconds=seconds)
         state.update(config=dataclasses.asdict(config), settings=vars(args), classes=data.classes, images=len(data))
         state.update(latent=latent[1] if latent else None, processes=world)
-        write_whole(out / "last.pt", lambda f: torch.save(state, f))
-        if args.keep:  # a second name of the same file costs nothing until last.pt is another
-            numbered = out / f"step-{step:07d}.pt"
-            numbered.unlink(missing_ok=True)
-            os.link(out / "last.pt", numbered)
-            for old in sorted(out.glob("step-*.pt"))[: -args.keep]:
-                old.unlink()
+        save_checkpoint(out, state, args.keep)
 
     cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" and world > 1 else None
     sums, since, clock, run, saved = torch.zeros(4, device=device), start, time.time(), 0, True

@@ -54,7 +54,7 @@ def start(*flags):
 
 def kill(work, count, seed):
     """Kill a run `count` times, let it end, and compare it with one that nobody killed."""
-    flags = [*TINY, "--data", photos(work / "photos"), "--steps", 1500, "--log-every", 5, "--ckpt-every", 2]
+    flags = [*TINY, "--data", photos(work / "photos"), "--steps", 4000, "--log-every", 5, "--ckpt-every", 2]
     clock = time.time()
     straight = start(*flags, "--out", work / "straight")
     while not (work / "straight/last.pt").exists():
@@ -69,7 +69,7 @@ def kill(work, count, seed):
         if kills == count:
             break
         try:
-            run.wait(rng.uniform(0.5, 1.5) * warm if kills % 5 else rng.uniform(0, 1) * warm)
+            run.wait(rng.uniform(0.5, 1.3) * warm if kills % 5 else rng.uniform(0, 1) * warm)
         except subprocess.TimeoutExpired:
             run.kill()
             run.wait()

@@ -30,12 +30,18 @@ SD_VAE = dict(
     block_out_channels=[128, 256, 512, 512], layers_per_block=2, sample_size=256, scaling_factor=0.18215,
 )  # fmt: skip
 
+# for --method repa_e, which trains it: 32 px make 8 x 8 x 4
+TINY_VAE = dict(
+    down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4,
+    block_out_channels=[16, 16, 32], layers_per_block=1, norm_num_groups=8,
+)  # fmt: skip
+
 # ---------------------------------------------------------------------------------------------------------------
 # The pair
 
 
 def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
-    """-> (AutoencoderKL of diffusers, spec). name: one of VAES, a diffusers folder, or a file of the release.
+    """-> (AutoencoderKL of diffusers, spec). name: one of VAES, a diffusers folder, a file of the release, or tiny.
 
     weights: "random" (tests only); stats: a .pt with latents_scale and latents_bias. ValueError where it cannot be had.
     """
@@ -43,14 +49,16 @@ def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
         from diffusers import AutoencoderKL  # late: four seconds that pixels need not wait for
     except ImportError as e:
         raise ValueError(f"--vae {name} takes diffusers: pip install diffusers ({e})") from e
-    if name not in VAES and not os.path.exists(name):
+    if name not in (*VAES, "tiny") and not os.path.exists(name):
         raise FileNotFoundError(f"--vae {name}: neither a file or folder, nor one of {', '.join(VAES)}, none")
     if weights not in (None, "random"):
         raise ValueError(f"--vae-weights takes 'random', not {weights}; a file or folder goes after --vae")
     try:
-        if weights == "random":
+        if weights == "random" or name == "tiny":
             torch.manual_seed(0)
-            vae, missing = AutoencoderKL(**SD_VAE), []
+            vae, missing = AutoencoderKL(**(TINY_VAE if name == "tiny" else SD_VAE)), []
+            if name == "tiny":  # begins with a narrow posterior: to learn one takes many steps
+                torch.nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -6)
         elif os.path.isfile(name):
             found = {fingerprint(v) for v in tensors(name)}  # diffusers leaves random what the file lacks
             with tempfile.TemporaryDirectory() as folder:  # without a config at hand diffusers asks the hub for one
@@ -78,7 +86,9 @@ def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
     scale, bias = [vae.config.scaling_factor] * channels, [0.0] * channels
     if stats:
         scale, bias = read_stats(stats, channels)
-    spec = dict(vae=name if name in VAES else "local", sha256=digest.hexdigest(), channels=channels, scale=scale)
+    spec = dict(
+        vae=name if name in (*VAES, "tiny") else "local", sha256=digest.hexdigest(), channels=channels, scale=scale
+    )
     spec.update(bias=bias, factor=2 ** (len(vae.config.block_out_channels) - 1))
     vae = vae.eval().requires_grad_(False).to(device)
     return (vae.bfloat16() if bf16 else vae), spec
