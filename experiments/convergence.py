@@ -350,10 +350,11 @@ def plot(runs, facts, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    name = f"{facts['name']} (real images: {facts['of_real']:.2f})"
     panels = {
         "held-out denoising loss": [(run["arm"], run["held_out"]) for run in runs],
         "held-out loss minus sit's, same seed": against_sit(runs, "held_out"),
-        facts["name"]: [(run["arm"], run["distance"]) for run in runs],
+        name: [(run["arm"], run["distance"]) for run in runs],
     }
     for axis, (label, curves) in zip(axes, panels.items()):
         ends = []
@@ -363,7 +364,7 @@ def plot(runs, facts, path):
             if steps:
                 values = [[curve[step] for curve in own if step in curve] for step in steps]
                 mean = [statistics.mean(v) for v in values]
-                axis.plot(steps, mean, color=f"C{i}", marker="o" if label == facts["name"] else None)
+                axis.plot(steps, mean, color=f"C{i}", marker="o" if label == name else None)
                 axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=f"C{i}", alpha=0.15, lw=0)
                 ends.append((mean[-1], steps[-1], arm, f"C{i}"))
         axis.set(xlabel="step", ylabel=label, yscale="linear" if "minus" in label else "log")
@@ -374,7 +375,6 @@ def plot(runs, facts, path):
             height = max(place[1], height + 0.05)
             axis.text(1.02, height, arm, color=colour, transform=axis.transAxes, va="center")
     axes[1].axhline(0, color="C0", linewidth=1)
-    axes[2].axhline(facts["of_real"], color="black", linestyle=":", linewidth=1)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -383,7 +383,9 @@ def report(args, facts):
     """results.json, table.md, curves.png and samples.png in OUT, from what is there so far -> the newest table."""
     out, runs = Path(args.out), collect(args)
     done = [step for step in args.legs if any(step in run["distance"] for run in runs)]
-    everything = dict(settings=vars(args), distance=facts, runs=runs, **sample.versions())
+    paths = "data out encoder_weights inception reference classifier place decoder".split()  # of this machine only
+    settings = {k: v for k, v in vars(args).items() if k not in paths}
+    everything = dict(settings=settings, distance=facts, runs=runs, **sample.versions())
     (out / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
     tables = [table(runs, step, facts) for step in reversed(done)]
     (out / "table.md").write_text("\n".join(tables))
