@@ -53,8 +53,8 @@ class Folder:
                 raise ValueError(f"{path} is neither a folder nor a zip file, or the zip is damaged")
             try:
                 files = [i.filename for i in self.zip().infolist() if not i.is_dir()]
-            except (zipfile.BadZipFile, ValueError, OSError) as e:
-                raise ValueError(f"{path} is a damaged zip ({e})") from e
+            except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as e:
+                raise ValueError(f"{path} is a zip that is damaged, or of a kind that cannot be read ({e})") from e
         else:
             walk = ((os.path.relpath(d, path), names) for d, names in folders_of(path))
             files = [Path(folder, name).as_posix() for folder, names in walk for name in names]

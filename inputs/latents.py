@@ -289,8 +289,11 @@ def read_manifest(path):
     try:
         manifest = json.loads((Path(path) / "manifest.json").read_text())
         needed = {"spec", "image_size", "count", "shard", "classes", "files_sha256", "precision"}
-        if not needed <= manifest.keys() or manifest["shard"] < 1 or not {*SPEC} <= {*manifest["spec"]}:
+        if not needed <= manifest.keys() or not {*SPEC} <= manifest["spec"].keys():
             raise ValueError("entries are missing")
+        spec, counts = manifest["spec"], [manifest[k] for k in ("image_size", "count", "shard")]
+        if not all(isinstance(n, int) and n > 0 for n in (*counts, spec["channels"], spec["factor"])):
+            raise ValueError("its sizes are not positive numbers")
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no cache of latents: manifest.json cannot be used ({e})") from e
     return manifest
