@@ -1833,12 +1833,12 @@ def test_repa_e_overfits(tmp_path, monkeypatch):
     monkeypatch.setattr(
         repa_e, "loss", lambda m, z, *args, **kw: free.append(z.requires_grad) or loss(m, z, *args, **kw)
     )
-    flags = "--image-size 24 --hidden-size 64 --batch-size 4 --steps 120 --lr 5e-3 --ema 0.9 --log-every 20"
+    flags = "--image-size 24 --hidden-size 64 --batch-size 4 --steps 70 --lr 5e-3 --ema 0.9 --log-every 10"
     flags += " --gan-coeff 0.01 --vae-proj-coeff 0.5 --sample-every 0"
     run(*JOINT, "--data", tmp_path / "few", "--out", tmp_path / "run", *flags.split())
     rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert len(free) > 100 and not any(free)  # the denoising loss never reaches the VAE
-    assert rows[-1]["l1"] < 0.2 < 0.5 < rows[0]["l1"] and rows[-1]["denoise"] < 0.6 * rows[0]["denoise"]
+    assert len(free) > 70 and not any(free)  # the denoising loss never reaches the VAE
+    assert rows[-1]["l1"] < 0.2 < 0.5 < rows[0]["l1"] and rows[-1]["denoise"] < 0.75 * rows[0]["denoise"]
     flags = "--num 8 --sampler heun --steps 20 --cfg 4 --labels 0,1 --ckpt"
     sample.main([*flags.split(), str(tmp_path / "run/last.pt"), "--npz", str(tmp_path / "s.npz")])
     x = np.load(tmp_path / "s.npz")["arr_0"].mean((1, 2, 3))
