@@ -193,7 +193,8 @@ def set_gradients(loss, params):
         flat = flat.div_(dist.get_world_size()).split([g.numel() for g in grads])
         grads = [part.view_as(g) for part, g in zip(flat, grads)]
     for p, g in zip(params, grads):
-        p.grad = g.contiguous()  # some come channels last, and a fused step reads them in the order of memory
+        # some come channels last, and a fused step reads them in the order of memory
+        p.grad = torch.empty_like(p, requires_grad=False).copy_(g)
 
 
 # ---------------------------------------------------------------------------------------------------------------
