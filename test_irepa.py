@@ -1,4 +1,4 @@
-"""python -m pytest -q test_irepa.py: the whole project on a CPU, without a download, in about two minutes."""
+"""python -m pytest -q test_irepa.py: the whole project on a CPU, without a download, in about four minutes."""
 
 import argparse
 import contextlib

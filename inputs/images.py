@@ -53,7 +53,7 @@ class Folder:
                 raise ValueError(f"{path} is neither a folder nor a zip file, or the zip is damaged")
             try:
                 files = [i.filename for i in self.zip().infolist() if not i.is_dir()]
-            except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as e:
+            except Exception as e:  # the reader of a damaged zip raises anything
                 raise ValueError(f"{path} is a zip that is damaged, or of a kind that cannot be read ({e})") from e
         else:
             walk = ((os.path.relpath(d, path), names) for d, names in folders_of(path))
