@@ -938,6 +938,16 @@ def test_a_second_run_in_one_folder_is_refused(photos, tmp_path, capsys):
         call() if folder == out else None
 
 
+def test_the_average_keeps_no_history():
+    model = torch.nn.Linear(3, 2)
+    ema = torch.nn.Linear(3, 2).requires_grad_(False)
+    start, opt = ema.weight.clone(), torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(torch.ones(1, 3)).sum().backward()
+    train.update(model, ema, opt, 1.0, 0.9)
+    torch.testing.assert_close(ema.weight, 0.9 * start + 0.1 * model.weight.detach())
+    assert not ema.weight.requires_grad and ema.weight.grad_fn is None  # or memory grows with each step
+
+
 def test_no_process_or_file_is_left_behind(photos, tmp_path):
     def counted():
         gc.collect()

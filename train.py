@@ -644,7 +644,8 @@ def update(model, ema, opt, clip, decay):
     opt.found_inf = (~torch.isfinite(norm)).float()
     opt.step()
     opt.zero_grad()
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    with torch.no_grad():  # or each step would hang its history on the average
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     return norm, opt.found_inf
 
 
