@@ -378,7 +378,8 @@ def train(args, config, data, teacher, latent, device, checkpoint=None, *, perce
         sums += torch.where(skip > 0, 0, torch.stack([losses[name].detach() for name in MEANS]))
         decay = min(args.ema, (1 + step) / (10 + step)) if args.ema_warmup else args.ema
         moving = [[*net.parameters(), net.bn.running_mean, net.bn.running_var] for net in (ema, model)]
-        torch._foreach_lerp_(*moving, 1 - decay)
+        with torch.no_grad():  # or each step would hang its history on the average
+            torch._foreach_lerp_(*moving, 1 - decay)
         ema.bn.num_batches_tracked.copy_(model.bn.num_batches_tracked)
         bar.update()
 
