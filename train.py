@@ -250,8 +250,10 @@ def resolve(parser, argv=None):
     if args.keep < 0:
         raise ValueError(f"--keep must not be negative, and is {args.keep}")
     for name in "lpips vae_proj_coeff gan_coeff disc_width".split():
-        if method != "repa_e" and (name in given or args.vae == "tiny"):
-            raise ValueError(f"--{name.replace('_', '-')} and --vae tiny are for --method repa_e")
+        if method != "repa_e" and name in given:
+            raise ValueError(f"--{name.replace('_', '-')} is for --method repa_e")
+    if method != "repa_e" and args.vae == "tiny":
+        raise ValueError("--vae tiny, which starts untrained, is for --method repa_e, which trains it")
     positive = "disc_width image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
     for name in positive:
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:  # --clip none

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fid  # noqa: E402
-from inputs.images import Folder  # noqa: E402
+from inputs.images import Folder, line  # noqa: E402
 from inputs.latents import Cached  # noqa: E402
 from inputs.teachers import fast_bf16, load_encoder  # noqa: E402
 from irepa import Config, SiT, irepa_loss  # noqa: E402
@@ -212,7 +212,7 @@ def official(args, device):
         from samplers import euler_maruyama_sampler
         from utils import SpatialNormalization
     except ImportError as e:
-        raise SystemExit(f"benchmark.py: --release {args.release} is no checkout of the official code ({e})") from e
+        raise ValueError(f"--release {args.release} is no checkout of the official code ({e})") from e
     teacher = load_encoder(args.encoder, 16, None if args.encoder in ("hog", "sift") else "random", device)
     rows = []
     for name in args.models:
@@ -299,7 +299,7 @@ def pytorch_fid_network(weights, device):
     try:
         from pytorch_fid import inception
     except ImportError as e:
-        raise SystemExit("benchmark.py: pytorch-fid is not installed; see the top of this file") from e
+        raise ValueError("pytorch-fid is not installed; see the top of this file") from e
     inception.load_state_dict_from_url = lambda *args, **kwargs: weights
     return inception.InceptionV3([3]).eval().to(device)
 
@@ -377,13 +377,18 @@ def main():
     needs = dict(data="data", official="release").get(args.what)
     if needs and not getattr(args, needs):
         parser.error(f"{args.what} needs --{needs}")
-    try:
-        device = pick_device(args.device)
-    except ValueError as e:
-        parser.error(str(e))
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    for name in ("batch_size", "steps", "windows", "images"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     calls = dict(train=train, sample=sample, data=data, official=official, fid=evaluator)
-    result = dict(what=args.what, settings=vars(args), rows=calls[args.what](args, device))
+    try:
+        if args.what not in ("data", "fid"):
+            [Config.named(name) for name in args.models]  # all are known before the first is measured
+        device = pick_device(args.device)
+        args.compile = device.type == "cuda" if args.compile is None else args.compile
+        result = dict(what=args.what, settings=vars(args), rows=calls[args.what](args, device))
+    except (ValueError, OSError) as e:
+        parser.error(line(e))
     result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     result["torch"], result["threads"] = str(torch.__version__), torch.get_num_threads()
     print(f"\n{result['device']}, torch {result['torch']}, {result['threads']} threads")

@@ -281,8 +281,9 @@ def measure(args, folder, step, distance):
         flags = f"--num {args.images} --labels balanced --seed 0 {args.sampling}".split()
         flags += ["--ckpt", str(folder / "last.pt"), "--npz", str(npz), *args.decoder]
         call(sample, flags, args.processes)
-    with open(folder / "distance.jsonl", "a") as f:
-        f.write(json.dumps(dict(step=step, distance=distance(batches_of_npz(npz)))) + "\n")
+    rows = [*rows_of(folder / "distance.jsonl"), dict(step=step, distance=distance(batches_of_npz(npz)))]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(folder / "distance.jsonl", lambda f: f.write(text.encode()))
     for old in {*folder.glob("samples-*.npz")} - {npz}:
         old.unlink()
 

@@ -231,6 +231,8 @@ def read_table(path, measured=None):
         for row in rows:
             numbers = {k: float(row[k] or "nan") for k in ("fid", *LABELS) if k in row or k == "fid"}
             table.append({**(measured or {}).get(row.get("encoder"), {}), **numbers})
+    except OSError as e:
+        raise ValueError(f"--correlate {path} cannot be read: {e.strerror}") from e
     except (KeyError, TypeError, ValueError, csv.Error) as e:
         raise ValueError(f"--correlate {path}: a table has a column fid and numbers ({line(e)})") from e
     return table

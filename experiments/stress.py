@@ -259,6 +259,9 @@ def main():
     parser.add_argument("--files", type=int, default=1000, help="for each reader of fuzz")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for name, least in (("kills", 1), ("steps", 200), ("files", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
     torch.set_num_threads(1)
     checks = dict(
         kill=lambda work: kill(work, args.kills, args.seed),

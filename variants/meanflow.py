@@ -32,6 +32,7 @@ is in bf16 as well: on the demo's trained network that moves the target by 1% of
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import irepa
 from irepa import SiT, TimestepEmbedder, check, draws, interpolate, with_alignment
 from sample import state
+
+# torch's own, printed through the progress bar at the first jvp
+warnings.filterwarnings("ignore", ".*torch.jit.script. is deprecated")
 
 
 @dataclass
