@@ -576,6 +576,25 @@ def test_timm_teacher(tmp_path, monkeypatch):
         load_encoder("dino", 4)
 
 
+def test_bf16_moves_a_teacher_and_a_gradient_by_its_rounding_only(monkeypatch):
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    exact, fast = [], []
+    for bf16, out in ((False, exact), (True, fast)):
+        monkeypatch.setattr(teachers, "fast_bf16", lambda device: bf16)
+        torch.manual_seed(0)
+        out.append(load_encoder("timm:vit_tiny_patch16_224.augreg_in21k", 4, "random")(images))
+        model = fill(SiT(Config(**TINY, projector=None)))
+        x, y = torch.randn(4, 4, 8, 8), torch.arange(4)
+        with train.mixed(torch.device("cpu"), bf16):
+            assert torch.backends.cuda.flash_sdp_enabled() != bf16
+            model(x, torch.rand(4), y)[0].float().square().mean().backward()
+        out += [p.grad for p in model.parameters() if p.grad is not None]
+    assert torch.backends.cuda.flash_sdp_enabled()  # nothing of it is left
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    for a, b in zip(exact, fast):
+        assert a.dtype == b.dtype == torch.float32 and (a - b).norm() < 0.03 * a.norm() and not torch.equal(a, b)
+
+
 @pytest.mark.parametrize("name", teachers.ENCODERS)
 def test_every_teacher_has_its_grid_and_width(name):
     import timm

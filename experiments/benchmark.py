@@ -33,7 +33,7 @@ from inputs.latents import Cached  # noqa: E402
 from inputs.teachers import fast_bf16, load_encoder  # noqa: E402
 from irepa import Config, SiT, irepa_loss  # noqa: E402
 from sample import generate, pick_device, seeded  # noqa: E402
-from train import update  # noqa: E402
+from train import mixed, update  # noqa: E402
 
 
 def windows(rivals, count, device="cpu"):
@@ -95,7 +95,7 @@ class Step:
         self.x = torch.from_numpy(rs.standard_normal((n, 4, 32, 32)).astype(np.float32)).to(device)
         self.y = torch.from_numpy(rs.randint(0, 1000, n)).to(device)
         self.encoder, self.device, self.n = teacher, device, 0
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
+        self.autocast = lambda: mixed(device, fast_bf16(device))
 
     def teacher(self):
         return self.encoder(self.images) if self.encoder else None
@@ -104,7 +104,7 @@ class Step:
         return update(self.model, self.ema, self.opt, 1.0, 0.9999)
 
     def loss(self, target):
-        with self.autocast:
+        with self.autocast():
             return irepa_loss(self.model, self.x, self.y, target, self.config, seeded(0, self.n, self.device))["loss"]
 
     def __call__(self):
@@ -126,7 +126,7 @@ def train(args, device):
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 step = Step(name, args, device, encoder, compiled)
-                with FlopCounterMode(display=False) as flops, step.autocast:
+                with FlopCounterMode(display=False) as flops, step.autocast():
                     step.model(step.x[:1], torch.zeros(1, device=device), step.y[:1])
                 seconds = windows({"step": step}, args.windows, device)["step"]
                 step.loss(step.teacher()).backward()
@@ -244,11 +244,13 @@ def official(args, device):
         theirs, _ = theirs.to(device), ours.model.to(device)
         compiled = torch.compile(theirs) if args.compile else theirs
         opt = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.0)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
+        full = copy.deepcopy(teacher).float()  # they keep its weights in float32, for autocast to cast
 
         def their_step():
-            with torch.no_grad(), ours.autocast:
-                zs = [normal(teacher(ours.images), zscore_alpha=0.6)]
-            with ours.autocast:
+            with torch.no_grad(), autocast:
+                zs = [normal(full(ours.images), zscore_alpha=0.6)]
+            with autocast:
                 denoise, align, _ = criterion(compiled, ours.x, dict(y=ours.y), zs=zs)
                 loss = denoise.mean() + align.mean()
             loss.backward()

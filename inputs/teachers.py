@@ -397,8 +397,11 @@ class ViT(nn.Module):
         if not entry.norm:
             model.norm = nn.Identity()
         self.model = model.eval().requires_grad_(False).to(self.device)
-        if self.device.type == "cuda":
+        if fast_bf16(self.device):
             self.model.to(torch.bfloat16)
+            for module in self.model.modules():  # on CPUs in bf16 the fused kernel is the slower one
+                if self.device.type == "cpu" and hasattr(module, "fused_attn"):
+                    module.fused_attn = False
         for key, value in zip(("mean", "std"), entry.stats):
             self.register_buffer(key, torch.tensor(value, device=device).view(3, 1, 1), persistent=False)
         got = self(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8, device=device))

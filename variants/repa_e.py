@@ -45,7 +45,6 @@ from tqdm import tqdm
 import irepa
 from inputs.images import line, workers_for
 from inputs.latents import read_pt
-from inputs.teachers import fast_bf16
 from irepa import Config, draws, interpolate, irepa_loss, with_alignment
 from sample import sampler, save_grid, seeded, start_ranks, to_uint8, versions
 
@@ -269,8 +268,8 @@ def train(args, config, data, teacher, latent, device, checkpoint=None, *, perce
     rank, world = start_ranks(device, 30)
     atexit.register(base.kill_workers)
     out, part, coeffs = Path(args.out), (rank, world), (args.vae_proj_coeff, args.gan_coeff)
-    bf16 = fast_bf16(device) if args.precision == "auto" else args.precision == "bf16"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    bf16 = base.uses_bf16(args, device)
+    autocast = functools.partial(base.mixed, device, bf16)
     indices, chunks = base.split(len(data))
 
     torch.manual_seed(args.seed)
@@ -345,7 +344,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None, *, perce
         x, target = images.float() / 127.5 - 1, teacher(images) if teacher else None
         noise, twin, again = (seeded(args.seed, 2 * step + k, device) for k in (0, 1, 1))
         before = [b.clone() for b in buffers]
-        with autocast:
+        with autocast():
             losses, z, recon = vae_loss(
                 model, vae, disc, x, labels, target, config, coeffs, perceptual, noise, twin, part
             )
@@ -353,7 +352,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None, *, perce
         losses["disc"] = hinge_loss(disc, x, recon)
         set_gradients(losses["disc"], params["disc"])
         model.train()
-        with autocast:
+        with autocast():
             losses.update(loss(model, z.detach(), labels, target, config, again, part))
         set_gradients(losses["loss"], params["model"])
 
@@ -392,7 +391,7 @@ def train(args, config, data, teacher, latent, device, checkpoint=None, *, perce
             means = (sums / max(1, done - since - sum(flags)) / world).tolist()
             elapsed = time.time() - clock
             seconds += elapsed
-            with autocast, torch.no_grad():
+            with autocast(), torch.no_grad():
                 latents = [(i, n, posterior(vae, x, seeded(0, 1, device), (i, n))[0], y) for i, n, x, y in held]
             row = dict(step=done, **dict(zip(MEANS, means)), lr=args.lr * ramp, seconds=seconds, skipped=sum(flags))
             row.update(held_out=base.held_out_loss(model, loss, latents, config, autocast, device))
