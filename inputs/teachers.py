@@ -397,11 +397,11 @@ class ViT(nn.Module):
         if not entry.norm:
             model.norm = nn.Identity()
         self.model = model.eval().requires_grad_(False).to(self.device)
-        if fast_bf16(self.device):
-            self.model.to(torch.bfloat16)
-            for module in self.model.modules():  # on CPUs in bf16 the fused kernel is the slower one
-                if self.device.type == "cpu" and hasattr(module, "fused_attn"):
-                    module.fused_attn = False
+        for module in self.model.modules() if fast_bf16(self.device) else []:
+            if isinstance(module, (nn.Linear, nn.Conv2d)):  # not the tables of positions and angles
+                module.to(torch.bfloat16)  # once, what autocast would do in each call
+            if self.device.type == "cpu" and hasattr(module, "fused_attn"):
+                module.fused_attn = False  # the slower kernel, in bf16
         for key, value in zip(("mean", "std"), entry.stats):
             self.register_buffer(key, torch.tensor(value, device=device).view(3, 1, 1), persistent=False)
         got = self(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8, device=device))
@@ -442,7 +442,7 @@ class ViT(nn.Module):
         if x.shape[-1] != self.side:
             x = F.interpolate(x, (self.side, self.side), mode=self.resize, align_corners=False)  # (B, 3, g*p, g*p)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bf16(self.device)):
-            tokens = self.model.forward_features(x.to(next(self.model.parameters()).dtype))
+            tokens = self.model.forward_features(x)
         return tokens[:, self.model.num_prefix_tokens :].float()  # (B, T, dim)
 
 
