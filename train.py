@@ -420,15 +420,14 @@ def without_projector(model):
         model.projectors = projectors
 
 
-@torch.no_grad()
 def uses_bf16(args, device):
     return fast_bf16(device) if args.precision == "auto" else args.precision == "bf16"
 
 
 @contextmanager
 def mixed(device, bf16):
-    """Autocast to bf16. On a CPU attention is then plain matrix products: forward and backward of the fused kernel take
-    twice as long in bf16 on 256 tokens, three times on 64, but the products round the scores to bf16."""
+    """Autocast to bf16, not to be nested. On a CPU attention is then plain matrix products, which round the scores to
+    bf16: forward and backward of the fused kernel take twice as long on 256 tokens, three times on 64."""
     plain = bf16 and device.type == "cpu"
     kernel = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # not only of CUDA, in spite of its name
@@ -440,6 +439,7 @@ def mixed(device, bf16):
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
+@torch.no_grad()
 def held_out_loss(model, loss, held, config, autocast, device):
     """Denoising loss over the held-out chunks with fixed noise and times: comparable between methods and runs."""
     model.eval()

@@ -141,6 +141,10 @@ def fit(network, logits, data, steps, device, desc):
     return right / len(unseen)
 
 
+def sha256(path):
+    return path if path in (None, "random") else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def parts_of(data):
     """(indices that are learned from, up to 5,000 others for the accuracy), both of train.py's training images."""
     training, _ = train.split(len(data))
@@ -153,14 +157,19 @@ def classifier_for(path, data, steps, device):
     """The classifier in `path`, which is trained and written there if it is absent -> (network, its accuracy)."""
     torch.manual_seed(0)
     network = Classifier(len(data.classes))
+    path.parent.mkdir(parents=True, exist_ok=True)  # not only found impossible after the training
     if not path.exists():
         accuracy = fit(network, network, data, steps, device, "classifier")
         state = dict(state_dict=network.state_dict(), accuracy=accuracy, classes=data.classes, steps=steps)
         write_whole(path, lambda f: torch.save(state, f))
     state = sample.read_checkpoint(path)
-    if state.get("classes") != data.classes or "accuracy" not in state:
+    try:
+        network.load_state_dict(state["state_dict"])
+        known = state["classes"] == data.classes and state["accuracy"] >= 0
+    except (KeyError, TypeError, RuntimeError):
+        known = False
+    if not known:
         raise ValueError(f"{path} is no classifier of these classes: name another file, or delete it")
-    network.load_state_dict(state["state_dict"])
     return network.eval().requires_grad_(False).to(device), state["accuracy"]
 
 
@@ -174,6 +183,7 @@ def learn_teacher(name, path, data, steps, grid, device):
 
     if path.exists():
         return sample.read_checkpoint(path).get("accuracy")
+    path.parent.mkdir(parents=True, exist_ok=True)
     shown = train.load_encoder(name, grid, "random", device)  # it knows size, mean and std; and says what is no ViT
     torch.manual_seed(0)
     model = timm.create_model(shown.timm_id, img_size=shown.side)
@@ -184,7 +194,6 @@ def learn_teacher(name, path, data, steps, grid, device):
         return model(x)[:, : len(data.classes)]
 
     accuracy = fit(model, logits, data, steps, device, "teacher")
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = dict(state_dict=model.cpu().state_dict(), accuracy=accuracy, steps=steps)
     write_whole(path, lambda f: torch.save(state, f))
     return accuracy
@@ -224,8 +233,7 @@ def meter(args, data, device):
     else:
         path = Path(args.classifier or f"{args.out}/classifier.pt")
         network, accuracy = classifier_for(path, data, args.learn, device)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        features, facts = network.features, dict(name="FD-classifier", sha256=digest, accuracy=accuracy)
+        features, facts = network.features, dict(name="FD-classifier", sha256=sha256(path), accuracy=accuracy)
     if args.reference:
         stored = np.load(args.reference)
         if not {"mu", "sigma"} <= set(stored):
@@ -440,8 +448,8 @@ def prepare(argv):
         raise ValueError("--learn-teacher writes the file of --encoder-weights: name it")
     budget = {k: v for k, v in BUDGETS[args.budget].items() if k != "images" or args.images is None}
     vars(args).update(budget)
-    if args.images < 2 or args.processes < 1 or (args.learn_teacher or 1) < 1:
-        raise ValueError("--images is at least 2, --processes and --learn-teacher at least 1")
+    if args.images < 2 or args.processes < 1 or (args.learn_teacher is not None and args.learn_teacher < 10):
+        raise ValueError("--images is at least 2, --processes at least 1, --learn-teacher at least 10")
     args.arms, args.seeds = [*dict.fromkeys(args.arms)], [*dict.fromkeys(args.seeds)]
     args.flags = [*args.flags.split(), *"--lr-schedule constant --ema-warmup --sample-every 0".split()]
     args.flags += ["--encoder", args.encoder, *extra]
@@ -465,8 +473,11 @@ def same_comparison(path, settings):
         return path.write_text(json.dumps(settings, indent=1) + "\n")
     old = json.loads(path.read_text())
     for key, value in settings.items():
-        if old.get(key) != value:
-            raise ValueError(f"{path.parent} was started with {key} {old.get(key)}, not {value}; start another --out")
+        was = old.get(key)
+        if was != value:
+            if isinstance(value, list) and isinstance(was, list):  # of flags: only what differs
+                was, value = ([v for v in a if v not in b] for a, b in ((was, value), (value, was)))
+            raise ValueError(f"{path.parent} was started with {key} {was}, not {value}; start another --out")
 
 
 def main(argv=None):
@@ -488,7 +499,8 @@ def main(argv=None):
         if "accuracy" in facts:
             print(f"FD-classifier: its network is right on {facts['accuracy']:.1%} of images that it did not see")
         same = {name: getattr(args, name) for name in ("flags", "legs", "images", "sampling", "reference")}
-        same_comparison(out / "settings.json", dict(same, data_images=len(data), network=facts["sha256"]))
+        same.update(data_images=len(data), network=facts["sha256"], teacher=sha256(args.encoder_weights))
+        same_comparison(out / "settings.json", same)
     except (ValueError, OSError) as e:
         build_parser().error(line(e))
     with tqdm([*itertools.product(args.seeds, args.arms, args.legs)], "legs", unit="leg") as bar:
