@@ -225,7 +225,10 @@ def official(args, device):
             input_size=32, in_channels=4, num_classes=1000, use_cfg=True, z_dims=[teacher.dim],
             encoder_depth=ours.config.encoder_depth, **kinds,
         )  # fmt: skip
-        theirs.load_state_dict(ours.model.state_dict())
+        try:
+            theirs.load_state_dict(ours.model.state_dict())
+        except RuntimeError as e:  # its S sizes have a last layer of width 768, and cannot run
+            raise ValueError(f"the release's {name} is another network: {line(e)[:300]}") from e
         theirs = theirs.to(device).train()
         average = copy.deepcopy(theirs).requires_grad_(False)
         criterion = SILoss(projection_loss_type="cosine", proj_coeff="1.0")
