@@ -13,6 +13,7 @@ losses and images are read, so that nothing is skipped. Weights are random: spee
 
 import argparse
 import copy
+import functools
 import json
 import resource
 import statistics
@@ -284,18 +285,16 @@ def official(args, device):
             block.compile()
         count = args.batch_size
         rivals = {"training step": theirs, "training step, theirs compiled": torch.compile(theirs)}
-        rivals = {what: lambda net=net: their_step(net) for what, net in rivals.items()}
+        rivals = {what: functools.partial(their_step, net) for what, net in rivals.items()}
         seconds = windows({**rivals, "ours": ours}, args.windows, device)
-        for what in rivals:
-            rows.append({"model": name, "what": what, "ours compiled": args.compile})
-            rows[-1]["theirs, images/s"] = count / seconds[what]
-            rows[-1].update({"ours, images/s": count / seconds["ours"], "times": seconds[what] / seconds["ours"]})
+        pairs = [(what, seconds[what], seconds["ours"]) for what in rivals]
         rivals = {"theirs": their_samples, "ours": lambda: our_samples(False), "bf16": lambda: our_samples(True)}
         seconds = windows(rivals, args.windows, device)
-        for mine, what in (("ours", "sampling, SDE"), ("bf16", "sampling, SDE, ours in bf16")):
+        pairs += [("sampling, SDE", seconds["theirs"], seconds["ours"])]
+        pairs += [("sampling, SDE, ours in bf16", seconds["theirs"], seconds["bf16"])]
+        for what, slow, fast in pairs:
             rows.append({"model": name, "what": what, "ours compiled": args.compile})
-            rows[-1]["theirs, images/s"] = count / seconds["theirs"]
-            rows[-1].update({"ours, images/s": count / seconds[mine], "times": seconds["theirs"] / seconds[mine]})
+            rows[-1].update({"theirs, images/s": count / slow, "ours, images/s": count / fast, "times": slow / fast})
     table(f"the official release, batch {args.batch_size}, {args.encoder}, sampling in {args.steps} steps", rows)
     return rows
 
