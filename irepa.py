@@ -2,135 +2,55 @@
 
 A diffusion transformer (SiT, arXiv 2401.08740) learns the velocity of a path from data to noise. REPA (arXiv
 2410.06940) also asks the tokens after one of its blocks to agree with the patch tokens of a frozen vision encoder,
-the teacher. iREPA changes two lines of that:
+the teacher. iREPA changes the projector and the target, and gives their agreement twice REPA's weight:
 
-    projector: Conv2d(D, encoder_dim, 3, padding=1) over the token grid        instead of an MLP on each token
-    target:    (z - gamma * mean_tokens z) / std_tokens z                      instead of z
+    h = Conv2d(D, encoder_dim, 3, padding=1)(tokens, on their grid)            instead of an MLP on each token
+    target = (z - gamma * mean_tokens z) / std_tokens z                        instead of z
+    loss = denoising + 1.0 * alignment(h, target)                              instead of 0.5
 
-This file is the whole method: Config, the network, the two changes, the path and the loss. Time runs from t = 0
-(data) to t = 1 (noise) throughout. Shapes: B images, C channels, H = W = input_size, p = patch_size,
-T = (H/p)^2 tokens in row-major order, D = hidden_size.
+Time runs from t = 0 (data) to t = 1 (noise) throughout. x is what the network sees, z the teacher's tokens, h the
+projected ones. Shapes: B images, C channels, H = W = input_size, p = patch_size, T = (H/p)^2 tokens in row-major
+order, D = hidden_size.
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# name: (depth, width, heads, block after which the alignment sits); DiT's sizes, REPA's depths
-SIZES = {"S": (12, 384, 6, 4), "B": (12, 768, 12, 4), "L": (24, 1024, 16, 8), "XL": (28, 1152, 16, 8)}
-PATCHES = (1, 2, 4, 8)
+# ---- The two changes of iREPA ----
 
-
-@dataclass
-class Config:
-    """Everything that defines the network and its loss. The defaults are SiT-XL/2 with iREPA on 256-px latents."""
-
-    input_size: int = 32  # side of what the network sees: pixels, or latents (256-px images: 32)
-    patch_size: int = 2
-    in_channels: int = 4  # 3 for pixels, 4 for SD-VAE latents
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
-    num_classes: int = 1000  # the label num_classes is the null class
-    class_dropout: float = 0.1  # share of labels replaced by the null class in training, for guidance
-    qk_norm: bool = False
-    path: str = "linear"  # or "cosine"
-    encoder_dim: int = 768  # channels of the teacher's tokens
-    encoder_depth: int = 8  # the alignment sits after this many blocks
-    projector: str | None = "conv"  # "conv" (iREPA), "mlp" (REPA), "linear", or None: no alignment
-    kernel_size: int = 3  # of the conv projector
-    projector_dim: int = 2048  # hidden width of the mlp projector
-    gamma: float | None = 0.6  # of the spatial norm; None: the teacher's tokens as they are
-    proj_coeff: float = 1.0  # weight of the alignment in the loss
-
-    def __post_init__(self):
-        check_network(self)
-        check(
-            self.hidden_size % self.num_heads == 0 and self.hidden_size % 4 == 0,
-            f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4",
-        )
-        check(self.path in ("linear", "cosine"), f"path is 'linear' or 'cosine', not {self.path!r}")
-
-    @classmethod
-    def named(cls, name, **overrides):
-        """Config.named("SiT-B/2", num_classes=10): S, B, L, XL with patch 1, 2, 4, 8; any field can be overridden.
-
-        The alignment sits after block 4 (S, B) or 8 (L, XL), never deeper than an overridden depth.
-        ValueError, with the list of what there is, for a name or a field that does not exist.
-        """
-        (depth, width, heads, encoder_depth), patch = look_up(cls, "SiT", SIZES, PATCHES, name, overrides)
-        settings = dict(patch_size=patch, depth=depth, hidden_size=width, num_heads=heads)
-        settings["encoder_depth"] = min(encoder_depth, overrides.get("depth", depth))
-        return cls(**{**settings, **overrides})
-
-
-def check(ok, message):
-    if not ok:
-        raise ValueError(message)
-
-
-def check_network(c):
-    """What a Config of any transformer on patches must keep to, JiT's too."""
-    positive = "input_size patch_size in_channels hidden_size depth num_heads num_classes kernel_size projector_dim"
-    for name in positive.split():
-        check(getattr(c, name) > 0, f"{name} must be positive, not {getattr(c, name)}")
-    check(c.input_size % c.patch_size == 0, f"input_size {c.input_size} is not a multiple of patch_size {c.patch_size}")
-    check(
-        c.projector in ("conv", "mlp", "linear", None),
-        f"projector is 'conv', 'mlp', 'linear' or None, not {c.projector!r}",
-    )
-    check(
-        c.projector is None or 1 <= c.encoder_depth <= c.depth,
-        f"encoder_depth {c.encoder_depth} is not among the {c.depth} blocks",
-    )
-    check(c.kernel_size % 2 == 1, f"kernel_size {c.kernel_size} must be odd, to keep the token grid")
-
-
-def look_up(cls, family, sizes, patches, name, overrides):
-    """-> the row of `sizes` and the patch size that `name`, as "SiT-B/2", asks for; ValueError as in Config.named."""
-    size, _, patch = name.removeprefix(f"{family}-").partition("/")
-    if not name.startswith(f"{family}-") or size not in sizes or patch not in map(str, patches):
-        names = " ".join(f"{family}-{s}/{p}" for s in sizes for p in patches)
-        raise ValueError(f"unknown model {name!r}; there are {names}")
-    known = [f.name for f in fields(cls)]
-    for field in overrides:
-        if field not in known:
-            raise ValueError(f"unknown field {field!r} of Config; there are {' '.join(known)}")
-    return sizes[size], int(patch)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The two changes of iREPA
+# Config's defaults are iREPA; REPA is this instead
+REPA = dict(projector="mlp", gamma=None, proj_coeff=0.5)
 
 
 class Projector(nn.Module):
     """From the transformer's tokens to the teacher's: [B, T, D] -> [B, T, encoder_dim]. iREPA is kind 'conv'."""
 
-    def __init__(self, kind, dim, encoder_dim, kernel_size=3, projector_dim=2048):
+    def __init__(self, kind, dim, encoder_dim, kernel_size=3, width=2048):
         super().__init__()
         if kind == "conv":
             self.projection_layer = nn.Conv2d(dim, encoder_dim, kernel_size, padding=kernel_size // 2)
         elif kind == "linear":
             self.projection_layer = nn.Linear(dim, encoder_dim)
         else:  # REPA's: three layers on each token alone
-            hidden = projector_dim
             self.projection_layer = nn.Sequential(
-                nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, encoder_dim)
+                nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, encoder_dim)
             )
 
     def forward(self, x):
         if not isinstance(self.projection_layer, nn.Conv2d):
             return self.projection_layer(x)  # (B, T, encoder_dim)
         side = math.isqrt(x.shape[1])
-        x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, D, h, w)
+        x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, D, side, side)
         return self.projection_layer(x).flatten(2).transpose(1, 2)  # (B, T, encoder_dim)
 
 
 def spatial_norm(z, gamma, eps=1e-6):
-    """Spatial normalisation of the teacher's tokens, [B, T, D] -> float32 [B, T, D] (iREPA, section 4).
+    """Spatial normalisation of the teacher's tokens, [B, T, encoder_dim] -> float32 of that shape (iREPA, section 4).
 
     Over the tokens of one image, for each channel: remove a share gamma of the mean, which is the global information,
     and divide by the standard deviation (unbiased), which brings out the contrast between places.
@@ -139,12 +59,190 @@ def spatial_norm(z, gamma, eps=1e-6):
     return (z - gamma * z.mean(dim=1, keepdim=True)) / (z.std(dim=1, keepdim=True) + eps)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The network: SiT, in the layout and with the state-dict names of the released checkpoints
+def alignment_loss(h, target):
+    """Minus the mean cosine between projected tokens and the teacher's, both [B, T, encoder_dim] (REPA, eq. 8)."""
+    return -F.cosine_similarity(h.float(), target.float(), dim=-1).mean()
+
+
+# ---- The path from data to noise, and the loss ----
+
+
+def path_coefficients(t, path="linear"):
+    """alpha, sigma and their derivatives at t: x_t = alpha x + sigma noise (SiT, section 2)."""
+    if path == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    angle = t * math.pi / 2
+    return angle.cos(), angle.sin(), -math.pi / 2 * angle.sin(), math.pi / 2 * angle.cos()
+
+
+def interpolate(x, noise, t, path="linear"):
+    """x, noise [B, ...] and t [B] -> the point x_t on the path and its time derivative, the target velocity."""
+    t = t.reshape(-1, *[1] * (x.dim() - 1))
+    alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
+    return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
+
+
+def seeded(seed, index, device="cpu"):
+    """The generator of (seed, index): a stream of its own for each index (a hash into 32 bits would collide)."""
+    return torch.Generator(device).manual_seed((seed * 2654435761 + index) % 2**32)
+
+
+def draws(x, generator=None, part=(0, 1)):
+    """-> draw(sample, *shape): torch.rand's or torch.randn's numbers for each image of x, [len(x), *shape], beside x.
+
+    They come from `generator`, on its device. part = (i, n) says that x is the i-th of n equal parts of a batch: the
+    draws are those of the whole batch, so that n ranks, or n accumulated parts, train as one.
+    """
+    (i, n), size = part, len(x)
+    device = generator.device if generator is not None else x.device
+
+    def draw(sample, *shape):
+        whole = sample(n * size, *shape, generator=generator, device=device)
+        return whole[i * size : (i + 1) * size].to(x.device)
+
+    return draw
+
+
+def training_draws(model, x, y, config, generator=None, part=(0, 1), times=lambda draw: draw(torch.rand)):
+    """The random numbers of a step, always in this order -> t [B] = times(draw), noise like x, y [B] with drops."""
+    draw = draws(x, generator, part)
+    t, noise = times(draw), draw(torch.randn, *x.shape[1:])
+    if model.training:
+        y = torch.where(draw(torch.rand) < config.class_dropout, config.num_classes, y)
+    return t, noise, y
+
+
+def with_alignment(denoise, h, z, config):
+    """denoise + proj_coeff * alignment (REPA, eq. 9), as a dict of scalars: loss, denoise, align.
+
+    h [B, T, encoder_dim] projected tokens, z the teacher's raw ones, whose spatial norm is taken here.
+    """
+    if h is None:  # a model without projector
+        return dict(loss=denoise, denoise=denoise, align=torch.zeros_like(denoise))
+    found, side = None if z is None else list(z.shape), math.isqrt(h.shape[1])
+    check(found and found[1] == h.shape[1], f"the model has {side}^2 tokens, the teacher's are {found}")
+    target = z if config.gamma is None else spatial_norm(z, config.gamma)
+    align = alignment_loss(h, target)
+    return dict(loss=denoise + config.proj_coeff * align, denoise=denoise, align=align)
+
+
+def irepa_loss(model, x, y, target, config, generator=None, part=(0, 1)):
+    """The loss of a step, as a dict of scalars: loss, denoise, align. Times, noise and label drops: see draws.
+
+    x [B, C, H, W] clean images in [-1, 1] or scaled latents, y [B] labels, target [B, T, encoder_dim] the teacher's
+    raw tokens (ignored without projector).
+    """
+    t, noise, y = training_draws(model, x, y, config, generator, part)
+    x_t, velocity = interpolate(x, noise, t, config.path)
+    v, h = model(x_t, t, y)
+    return with_alignment((v.float() - velocity).square().mean(), h, target, config)
+
+
+# ---- The samplers, which go back along the path ----
+
+
+class guided:
+    """velocity(x, t) of `model` for labels y [B], with classifier-free guidance where interval[0] <= t <= interval[1].
+
+    v = v_null + scale * (v_y - v_null). Scale 1 is exactly the conditional model, at one forward an evaluation.
+    """
+
+    def __init__(self, model, y, scale=1.0, interval=(0.0, 1.0)):
+        self.model, self.y, self.scale, self.interval = model, y, scale, interval
+
+    def __call__(self, x, t, start=None):
+        """x [B, C, H, W], t a number -> the velocity, like x. start: the time whose place in the interval counts."""
+        dtype, (low, high) = next(self.model.parameters()).dtype, self.interval
+        x_in, times = x.to(dtype), torch.as_tensor(t).to(x.device, dtype).expand(len(x))
+        if self.scale == 1 or not low <= float(t if start is None else start) <= high:
+            return self.model(x_in, times, self.y)[0].to(x.dtype)
+        labels = torch.cat([self.y, torch.full_like(self.y, self.model.config.num_classes)])
+        v, v_null = self.model(x_in.repeat(2, 1, 1, 1), times.repeat(2), labels)[0].to(x.dtype).chunk(2)
+        return v_null + self.scale * (v - v_null)
+
+
+def precise(noise):
+    return noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)  # MPS has no float64
+
+
+@torch.no_grad()
+def sample_ode(velocity, noise, steps, heun=False):
+    """Integrate dx/dt = velocity(x, t) from t = 1 (noise, [B, ...]) to 0 in equal Euler or Heun steps.
+
+    t is a 0-dim float64 tensor on the CPU. The state is float64; the result has the dtype of `noise`.
+    """
+    x, times = precise(noise), torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    for t, t_next in zip(times[:-1], times[1:]):
+        slope = velocity(x, t)
+        if heun and t_next > 0:  # the last step stays Euler, as in the released sampler
+            # and guidance is on or off for a whole step, by the time at its start
+            kept = dict(start=t) if isinstance(velocity, guided) else {}
+            slope = (slope + velocity(x + (t_next - t) * slope, t_next, **kept)) / 2
+        x = x + (t_next - t) * slope
+    return x.to(noise.dtype)
+
+
+@torch.no_grad()
+def sample_sde(velocity, noise, steps, generator, last_step=0.04, path="linear"):
+    """Euler-Maruyama for the reverse SDE with the velocity's marginals and diffusion w(t) = 2t (SiT, section 2.3).
+
+    t goes from 1 to `last_step` in steps-1 equal steps, then to 0 in one without noise. `generator` is one
+    torch.Generator, or a list of one for each image: then an image does not depend on its batch.
+    """
+    x = precise(noise)
+    times = torch.cat([torch.linspace(1, last_step, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    for t, t_next in zip(times[:-1], times[1:]):
+        v = velocity(x, t)
+        alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
+        # x = alpha X + sigma E and v = alpha' X + sigma' E, of the expected data X and noise E given x; without X,
+        # E = (ratio v - x) / (ratio sigma' - sigma), and the score of the Gaussian noise is -E / sigma
+        ratio = alpha / d_alpha
+        score = (ratio * v - x) / (sigma**2 - ratio * d_sigma * sigma)
+        w, dt = 2 * t, t_next - t
+        x = x + (v - w / 2 * score) * dt
+        if t_next > 0:
+            x = x + torch.sqrt(w * -dt) * randn(noise.shape, generator, noise.device)
+    return x.to(noise.dtype)
+
+
+def randn(shape, generator, device):
+    """Normal draws; from a list of generators, one image from each."""
+    if isinstance(generator, (list, tuple)):
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in generator]).to(device)
+    return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+
+
+@dataclass
+class Sampling:
+    """How samples are drawn. The defaults are the protocol of the reported numbers."""
+
+    sampler: str = "sde"  # sde, euler or heun
+    steps: int = 250  # steps from noise to image
+    cfg: float = 1.0  # guidance scale; 1 is none
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # guide for t in [LO, HI]
+
+    def __post_init__(self):
+        check(self.sampler in ("sde", "euler", "heun"), f"sampler is sde, euler or heun, not {self.sampler}")
+
+
+def solve(model, y, noise, generators, how):
+    """noise [n, C, H, W], labels y [n], a generator for each image, how (Sampling) -> x like noise."""
+    velocity = guided(model, y, how.cfg, how.cfg_interval)
+    if how.sampler == "sde":
+        return sample_sde(velocity, noise, how.steps, generators, path=model.config.path)
+    return sample_ode(velocity, noise, how.steps, heun=how.sampler == "heun")
+
+
+# ---- The network: SiT, in the layout and with the state-dict names of the released checkpoints ----
 
 
 def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def layers(**named):
+    """One after the other, under the names of the released state dicts."""
+    return nn.Sequential(OrderedDict(named))
 
 
 class PatchEmbed(nn.Module):
@@ -157,25 +255,14 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, dim, frequencies=256):
+    def __init__(self, dim):
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        half = self.frequencies // 2
-        omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        omega = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
         angle = t.float()[:, None] * omega  # (B, 128): float32 always, and t is not multiplied by 1000
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))  # (B, D)
-
-
-class LabelEmbedder(nn.Module):
-    def __init__(self, num_classes, dim):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)  # the last row is the null class
-
-    def forward(self, y):
-        return self.embedding_table(y)  # (B, D)
 
 
 class Attention(nn.Module):
@@ -194,16 +281,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     """A transformer block whose layer norms are shifted, scaled and gated by the condition (adaLN-Zero, DiT)."""
 
@@ -212,7 +289,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(dim, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(dim)
+        self.mlp = layers(fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU("tanh"), fc2=nn.Linear(4 * dim, dim))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
@@ -258,7 +335,7 @@ class SiT(nn.Module):
         side = c.input_size // c.patch_size
         self.x_embedder = PatchEmbed(c.patch_size, c.in_channels, c.hidden_size)
         self.t_embedder = TimestepEmbedder(c.hidden_size)
-        self.y_embedder = LabelEmbedder(c.num_classes, c.hidden_size)
+        self.y_embedder = layers(embedding_table=nn.Embedding(c.num_classes + 1, c.hidden_size))
         # a parameter without gradient, not a buffer: the released state dicts and counts have it so
         self.pos_embed = nn.Parameter(position_table(c.hidden_size, side), requires_grad=False)
         self.blocks = nn.ModuleList(Block(c.hidden_size, c.num_heads, c.qk_norm) for _ in range(c.depth))
@@ -290,81 +367,85 @@ class SiT(nn.Module):
     def forward(self, x, t, y):
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
-        z = None
+        h = None
         for i, block in enumerate(self.blocks, start=1):
             x = block(x, c)  # (B, T, D)
             if i == self.config.encoder_depth and len(self.projectors):
-                z = self.projectors[0](x)  # (B, T, encoder_dim)
+                h = self.projectors[0](x)  # (B, T, encoder_dim)
         x = self.final_layer(x, c)  # (B, T, p*p*C)
-        return self.unpatchify(x), z
+        return self.unpatchify(x), h
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The path from data to noise, and the loss
+# ---- Config: each field is a flag of train.py too, with its comment as the help ----
+
+# name: (depth, width, heads, block after which the alignment sits); DiT's sizes, REPA's depths
+SIZES = {"S": (12, 384, 6, 4), "B": (12, 768, 12, 4), "L": (24, 1024, 16, 8), "XL": (28, 1152, 16, 8)}
+PATCHES = (1, 2, 4, 8)
 
 
-def path_coefficients(t, path="linear"):
-    """alpha, sigma and their derivatives at t: x_t = alpha x + sigma noise (SiT, section 2)."""
-    if path == "linear":
-        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-    angle = t * math.pi / 2
-    return angle.cos(), angle.sin(), -math.pi / 2 * angle.sin(), math.pi / 2 * angle.cos()
+@dataclass
+class Config:
+    """Everything that defines the network and its loss. The defaults are SiT-XL/2 with iREPA on 256-px latents."""
+
+    input_size: int = 32  # side of what the network sees: pixels, or latents (256-px images: 32)
+    patch_size: int = 2  # side of a token
+    in_channels: int = 4  # 3 for pixels, 4 for SD-VAE latents
+    hidden_size: int = 1152  # width of the tokens
+    depth: int = 28  # blocks
+    num_heads: int = 16  # of attention
+    num_classes: int = 1000  # the label num_classes is the null class
+    class_dropout: float = 0.1  # share of labels replaced by the null class in training, for guidance
+    qk_norm: bool = False  # layer norm on queries and keys
+    path: str = "linear"  # from data to noise: linear or cosine
+    encoder_dim: int = 768  # channels of the teacher's tokens
+    encoder_depth: int = 8  # align after this many blocks of the transformer
+    projector: str | None = "conv"  # conv (iREPA), mlp (REPA), linear, or none: no alignment
+    kernel_size: int = 3  # of the conv projector
+    projector_dim: int = 2048  # hidden width of the mlp projector
+    gamma: float | None = 0.6  # of the spatial norm; none: the teacher's tokens as they are
+    proj_coeff: float = 1.0  # weight of the alignment in the loss
+
+    def __post_init__(self):
+        check_network(self)
+        width, heads = self.hidden_size, self.num_heads
+        check(width % heads == 0 and width % 4 == 0, f"hidden_size {width} must be a multiple of {heads} heads and 4")
+        check(self.path in ("linear", "cosine"), f"path is linear or cosine, not {self.path!r}")
+
+    @classmethod
+    def named(cls, name, **overrides):
+        """Config.named("SiT-B/2", num_classes=10); ValueError, with what there is, for an unknown name or field."""
+        (depth, width, heads, encoder_depth), patch = look_up(cls, "SiT", SIZES, PATCHES, name, overrides)
+        settings = dict(patch_size=patch, depth=depth, hidden_size=width, num_heads=heads)
+        settings["encoder_depth"] = min(encoder_depth, overrides.get("depth", depth))
+        return cls(**{**settings, **overrides})
 
 
-def interpolate(x, noise, t, path="linear"):
-    """x, noise [B, ...] and t [B] -> the point x_t on the path and its time derivative, the target velocity."""
-    t = t.reshape(-1, *[1] * (x.dim() - 1))
-    alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
-    return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
+def check(ok, message):
+    if not ok:
+        raise ValueError(message)
 
 
-def alignment_loss(z, target):
-    """Minus the mean cosine between the projected tokens and the teacher's, both [B, T, D] (REPA, eq. 8)."""
-    return -F.cosine_similarity(z.float(), target.float(), dim=-1).mean()
+def check_network(c):
+    """What a Config of any transformer on patches must keep to."""
+    positive = "input_size patch_size in_channels hidden_size depth num_heads num_classes kernel_size projector_dim"
+    for name in positive.split():
+        check(getattr(c, name) > 0, f"{name} must be positive, not {getattr(c, name)}")
+    check(c.input_size % c.patch_size == 0, f"input_size {c.input_size} is not a multiple of patch_size {c.patch_size}")
+    check(c.projector in ("conv", "mlp", "linear", None), f"projector is conv, mlp, linear or none, not {c.projector}")
+    inside = c.projector is None or 1 <= c.encoder_depth <= c.depth
+    check(inside, f"encoder_depth {c.encoder_depth} is not among the {c.depth} blocks")
+    check(c.kernel_size % 2 == 1, f"kernel_size {c.kernel_size} must be odd, to keep the token grid")
 
 
-def draws(x, generator=None, part=(0, 1)):
-    """-> draw(sample, *shape): torch.rand's or torch.randn's numbers for each image of x, [len(x), *shape], beside x.
-
-    They come from `generator`, on its device. part = (i, n) says that x is the i-th of n equal parts of a batch: the
-    draws are those of the whole batch, so that n ranks, or n accumulated parts, train as one.
-    """
-    (i, n), size = part, len(x)
-    device = generator.device if generator is not None else x.device
-
-    def draw(sample, *shape):
-        whole = sample(n * size, *shape, generator=generator, device=device)
-        return whole[i * size : (i + 1) * size].to(x.device)
-
-    return draw
+def look_up(cls, family, sizes, patches, name, overrides):
+    """-> the row of `sizes` and the patch size that `name`, as "SiT-B/2", asks for; ValueError as in Config.named."""
+    known = {f"{family}-{size}/{patch}": (sizes[size], patch) for size in sizes for patch in patches}
+    check(name in known, f"unknown model {name!r}; there are {' '.join(known)}")
+    own = [field.name for field in fields(cls)]
+    for field in overrides:
+        check(field in own, f"unknown field {field!r} of Config; there are {' '.join(own)}")
+    return known[name]
 
 
-def with_alignment(denoise, z, target, config):
-    """denoise + proj_coeff * alignment (REPA, eq. 9), as a dict of scalars: loss, denoise, align.
-
-    z [B, T, encoder_dim] projected tokens, target the teacher's raw ones, to which the spatial norm is applied here.
-    """
-    if not config.projector:
-        return dict(loss=denoise, denoise=denoise, align=torch.zeros_like(denoise))
-    if target is None or target.shape[1] != z.shape[1]:
-        got = None if target is None else list(target.shape)
-        raise ValueError(f"the model has {config.input_size // config.patch_size}^2 tokens, the teacher's are {got}")
-    if config.gamma is not None:
-        target = spatial_norm(target, config.gamma)
-    align = alignment_loss(z, target)
-    return dict(loss=denoise + config.proj_coeff * align, denoise=denoise, align=align)
-
-
-def irepa_loss(model, x, y, target, config, generator=None, part=(0, 1)):
-    """Denoising + proj_coeff * alignment (REPA, eq. 9), as a dict of scalars: loss, denoise, align.
-
-    x [B, C, H, W] clean images in [-1, 1] or scaled latents, y [B] labels, target [B, T, encoder_dim] the teacher's
-    raw tokens (ignored without projector). generator and part, as in draws, give the times, noise and label drops.
-    """
-    draw = draws(x, generator, part)
-    t, noise = draw(torch.rand), draw(torch.randn, *x.shape[1:])
-    if model.training:
-        y = torch.where(draw(torch.rand) < config.class_dropout, config.num_classes, y)
-    x_t, velocity = interpolate(x, noise, t, config.path)
-    v, z = model(x_t, t, y)
-    return with_alignment((v.float() - velocity).square().mean(), z, target, config)
+# What train.py and sample.py take of a method, here as in each file of variants/: Config, Sampling, solve, and
+model, loss = SiT, irepa_loss

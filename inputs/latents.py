@@ -1,26 +1,33 @@
 """VAE latents: one encode/decode pair with its scale, and a cache of a data set's posteriors.
 
+    python -m inputs.latents --data data/imagenet/train --out data/imagenet/latents-256           writes the cache
+    torchrun --nproc_per_node=8 -m inputs.latents --data data/imagenet/train --out data/imagenet/latents-256
+
+Started again, it goes on where it was stopped.
+
 A latent is z = (posterior sample - bias) * scale, per channel; SD-VAE: scale 0.18215, bias 0. What a latent means is
 its spec, a dict (vae, sha256 of its weights, channels, factor, scale, bias), which lies in every cache and checkpoint:
 latents of another VAE or scale look alike and mean something else.
 """
 
-import argparse
 import hashlib
 import json
 import os
-import pickle
-import re
 import tempfile
-import zipfile
+import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-from inputs.images import line, workers_for
+from inputs.formats import Folder, workers_for
+from plumbing.files import lock, mistakes, one_line, read_pt, write_text, write_whole
+from plumbing.flags import add_flags, make_parser
+from plumbing.processes import is_first, pick_device, start_ranks
 
 VAES = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-mse", "sd-vae-ft-ema")}
 SPEC = ("vae", "sha256", "channels", "factor", "scale", "bias")
@@ -30,14 +37,31 @@ SD_VAE = dict(
     block_out_channels=[128, 256, 512, 512], layers_per_block=2, sample_size=256, scaling_factor=0.18215,
 )  # fmt: skip
 
-# for --method repa_e, which trains it: 32 px make 8 x 8 x 4
+# small, with random weights, for a method that trains its VAE: 32 px make 8 x 8 x 4
 TINY_VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=4,
     block_out_channels=[16, 16, 32], layers_per_block=1, norm_num_groups=8,
 )  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------------------------
-# The pair
+
+@dataclass
+class Source:
+    """Images and what is made of them: the knobs of `python -m inputs.latents`, and of train.py with its own."""
+
+    # data
+    data: str = "data/imagenet/train"  # folder of class folders, or a .zip of one
+    image_size: int = 256  # side in pixels; images are centre-cropped to it as in ADM
+    skip_broken: bool = False  # leave out, and list, images that cannot be decoded
+    # latents
+    vae: str | None = ""  # sd-vae-ft-mse (from 128 px up the default), sd-vae-ft-ema, a folder or file, none: pixels
+    vae_weights: str | None = None  # 'random' instead of the VAE's own, for tests only
+    vae_precision: str = "fp32"  # of the VAE's encoder and decoder: fp32 or bf16
+    latent_stats: str | None = None  # file with scale and bias of each channel, as the release's .pt has them
+    # run
+    device: str = "auto"  # auto, cpu, cuda, mps
+
+
+# ---- The pair ----
 
 
 def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
@@ -78,7 +102,7 @@ def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
             raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]}")
     except Exception as e:  # network, hub, format and shape errors have no common class
         hint = f": fetch huggingface.co/{VAES[name]} and name its folder after --vae" if name in VAES else ""
-        raise ValueError(f"--vae {name} cannot be loaded ({line(e)[:300]}){hint}") from e
+        raise ValueError(f"--vae {name} cannot be loaded ({one_line(e)[:300]}){hint}") from e
     digest = hashlib.sha256()
     for key, value in sorted(vae.state_dict().items()):
         digest.update(key.encode() + value.numpy().tobytes())
@@ -97,8 +121,6 @@ def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
 def tensors(path):
     """Every tensor in a .pt or .safetensors file, at any depth of its dicts."""
     if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file
-
         return list(load_file(path).values())
     stack, out = [read_pt(path)], []
     while stack:
@@ -106,20 +128,6 @@ def tensors(path):
         stack += item.values() if isinstance(item, dict) else []
         out += [item] if torch.is_tensor(item) else []
     return out
-
-
-def read_pt(path):
-    """What torch.save wrote to `path`, on the CPU, without executing anything in it. ValueError saying why not."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA's released files hold one
-            # the format before torch 1.6 is no zip, and cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as e:
-        name = re.search(r"GLOBAL ([\w.]+)", str(e))
-        why = f"; it would call {name[1]}" if name else ""
-        raise ValueError(f"{path} is refused: it is no file of tensors, or would run code when loaded{why}") from e
-    except Exception as e:  # the readers of zip, pickle and tensors raise anything on a damaged file
-        raise ValueError(f"{path} is damaged, or no file of tensors ({type(e).__name__}: {line(e)[:200]})") from e
 
 
 def fingerprint(tensor):
@@ -132,7 +140,9 @@ def read_stats(path, channels):
         data = read_pt(path)
         scale, bias = (torch.as_tensor(data[k]).flatten().tolist() for k in ("latents_scale", "latents_bias"))
     except Exception as e:  # pickle, zip and key errors have no common class
-        raise ValueError(f"--latent-stats {path} is no file of latents_scale and latents_bias: {line(e)[:300]}") from e
+        raise ValueError(
+            f"--latent-stats {path} is no file of latents_scale and latents_bias: {one_line(e)[:300]}"
+        ) from e
     if len(scale) != channels or len(bias) != channels or not np.isfinite(scale + bias).all() or 0 in scale:
         raise ValueError(f"--latent-stats {path}: {channels} finite scales and biases are needed, not {scale}, {bias}")
     return scale, bias
@@ -174,8 +184,26 @@ def same_spec(wanted, found, where):
             raise ValueError(f"{where} holds latents of {theirs}; asked for is {ours}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The cache
+def settle_vae(source):
+    """Which VAE, where the flags leave it open; ValueError where they do not fit together."""
+    if source.vae == "":
+        source.vae = None if source.image_size < 128 else "sd-vae-ft-mse"
+    if source.vae is None and source.latent_stats:
+        raise ValueError("--latent-stats goes with a --vae, and with images from 128 px up")
+    if source.vae_precision not in ("fp32", "bf16"):
+        raise ValueError(f"--vae-precision is fp32 or bf16, not {source.vae_precision}")
+
+
+def open_vae(source, device):
+    """(VAE, spec) as the flags ask for it; None for pixels."""
+    if source.vae is None:
+        return None
+    if source.vae_weights and is_first():
+        print("warning: the VAE's weights are random; this is for tests only")
+    return load_vae(source.vae, source.vae_weights, source.latent_stats, device, source.vae_precision == "bf16")
+
+
+# ---- The cache ----
 
 
 def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
@@ -203,8 +231,8 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
         if {file.name for file in out.iterdir()} - begun:
             raise ValueError(f"{out} holds something else, and is left as it is; name a new folder with --out")
         np.save(out / "labels.npy", data.labels)
-        write_whole(out / "files.json", lambda f: f.write(json.dumps(data.files).encode()))
-        write_whole(out / "manifest.json", lambda f: f.write(json.dumps(manifest, indent=1).encode()))
+        write_text(out / "files.json", json.dumps(data.files))
+        write_text(out / "manifest.json", json.dumps(manifest, indent=1))
     if world > 1:
         torch.distributed.barrier()  # the folder is there
     starts = range(0, len(data), shard)
@@ -241,42 +269,10 @@ def open_shard(out, start, shard, shape):
     try:
         stored = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as e:  # a damaged header makes numpy raise anything
-        raise ValueError(f"{file} is damaged ({line(e)}); delete it and run --cache-latents again") from e
+        raise ValueError(f"{file} is damaged ({one_line(e)}); delete it and run python -m inputs.latents again") from e
     if stored.shape != shape or stored.dtype != np.float16:
         raise ValueError(f"{file} is damaged: {stored.dtype} {stored.shape}, not float16 {shape}; delete it")
     return stored
-
-
-def write_whole(path, save):
-    """All of what save(file) writes or nothing under `path`: killed while writing, what was there before stays.
-
-    OSError where it does not fit on the disk.
-    """
-    try:
-        with open(f"{path}.tmp", "wb") as f:
-            save(f)
-            f.flush()
-            os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:  # torch.save has its own class for a full disk
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written ({line(e)[:200]})") from e
-    os.replace(f"{path}.tmp", path)
-
-
-def lock(folder):
-    """A context that holds `folder` for this process, however it ends. ValueError where another process holds it."""
-    try:
-        import fcntl
-    except ImportError:
-        print(f"warning: this system has no file locks; see that no second run writes to {folder}")
-        return nullcontext()
-    file = open(Path(folder) / ".lock", "a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers, unlike flock
-    except (BlockingIOError, PermissionError) as e:
-        file.close()
-        raise ValueError(f"another process is writing to {folder}: wait for it, or choose another name") from e
-    return file
 
 
 def digest_of(data):
@@ -319,7 +315,7 @@ class Cached:
             file = shard_path(path, start, self.shard)
             shape = min(self.shard, len(data) - start), 2 * self.spec["channels"], side, side
             if not file.exists():
-                raise ValueError(f"{path} is unfinished: {file.name} is not there; run --cache-latents again")
+                raise ValueError(f"{path} is unfinished: {file.name} is not there; run python -m inputs.latents again")
             open_shard(path, start, self.shard, shape)
 
     def __len__(self):
@@ -337,3 +333,44 @@ class Cached:
             moments.append(self.maps[start][i - start])
         images = self.data[indices][0] if self.decode else None
         return images, torch.from_numpy(self.labels[indices]), torch.from_numpy(np.stack(moments))
+
+
+# ---- Command line ----
+
+
+@dataclass
+class Cache(Source):
+    out: str = ""  # folder of the cache
+
+
+def main(argv=None):
+    parser = make_parser("python -m inputs.latents", __doc__, "--data PATH --out DIR [flags], which --help lists")
+    add_flags(parser, Cache)
+    with mistakes("inputs.latents"):
+        asked = Cache(**vars(parser.parse_args(argv)))
+        settle_vae(asked)
+        if asked.vae is None or not asked.out:
+            raise ValueError("name a folder with --out, and a --vae, or images from 128 px up")
+        device = pick_device(asked.device)
+        vae, spec = open_vae(asked, device)
+        data = Folder(asked.data, asked.image_size, asked.skip_broken, is_first())
+        ranks, start = start_ranks(device, 24 * 60), time.time()  # the first to finish waits for the last
+        for broken in data.broken if is_first() else []:
+            print(f"left out: {broken}")
+        if is_first():
+            Path(asked.out).mkdir(parents=True, exist_ok=True)
+        with lock(asked.out) if is_first() else nullcontext():
+            written = write_cache(data, vae, spec, asked.out, device, rank=ranks.rank, world=ranks.world)
+        ranks.meet()
+        ranks.part()
+        if is_first():
+            Cached(data, asked.out)  # checks every shard
+            size = sum(file.stat().st_size for file in Path(asked.out).iterdir())
+            print(
+                f"{asked.out}: the latents of {len(data)} images, {size / 2**20:.1f} MiB, complete;"
+                f" {written} shards written here in {time.time() - start:.0f} s"
+            )
+
+
+if __name__ == "__main__":
+    main()

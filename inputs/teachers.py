@@ -1,20 +1,24 @@
 """Teachers: frozen encoders whose patch tokens the transformer is aligned with.
 
+    python -m inputs.teachers            the table: names, sizes, licences, and the files that offline machines need
+
 load_encoder(name, grid) -> teacher; teacher(images uint8 [B, 3, H, W]) -> tokens [B, grid*grid, teacher.dim], raw:
 the spatial norm is the method's, not the teacher's. Names: hog, sift (no weights), those of ENCODERS, timm:<any ViT>.
 """
 
-import math
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from inputs.images import line
-from inputs.latents import read_pt
+from inputs.descriptors import Hog, Sift
+from inputs.foreign import build_webssl, mocov3_names, read_weights, webssl_names
+from plumbing.files import one_line
+from plumbing.processes import fast_bf16
+
+DRAWN = {"hog": Hog, "sift": Sift}  # made by hand: no weights
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -141,110 +145,6 @@ def load_encoder(name, grid, weights=None, device="cpu"):
     return ViT(name, grid, weights, device)
 
 
-class Hog(nn.Module):
-    """Histograms of oriented gradients (Dalal and Triggs, 2005): 8 directions, cells of 2x2 pixels, blocks of 4x4
-    cells normalised by L2-Hys, each block scaled to length 1, then the block map resized to the grid."""
-
-    dim, bins, cell, block = 128, 8, 2, 4
-
-    def __init__(self, grid):
-        super().__init__()
-        self.grid = grid
-
-    @torch.no_grad()
-    def forward(self, images):
-        side = min(images.shape[-2:])
-        if side < self.cell * self.block:
-            raise ValueError(f"hog needs images of at least {self.cell * self.block} px, not {side}")
-        gray = luminance(images)  # (B, H, W)
-        dx, dy = torch.zeros_like(gray), torch.zeros_like(gray)
-        dx[:, :, 1:-1] = gray[:, :, 2:] - gray[:, :, :-2]
-        dy[:, 1:-1] = gray[:, 2:] - gray[:, :-2]
-        angle = torch.atan2(dy, dx).mul(180 / torch.pi) % 180  # a gradient and its opposite are one direction
-        bins = (angle * (self.bins / 180)).long().clamp(max=self.bins - 1)
-        votes = torch.zeros(len(gray), self.bins, *gray.shape[1:], device=gray.device)
-        votes.scatter_(1, bins[:, None], torch.hypot(dx, dy)[:, None])
-        cells = F.avg_pool2d(votes, self.cell)  # (B, 8, H/2, W/2)
-        blocks = cells.unfold(2, self.block, 1).unfold(3, self.block, 1)  # (B, 8, h, w, 4, 4), a view
-        # bilinear resize to the grid, touching only the blocks that it needs: all of them are 2 MB an image at 256 px
-        for axis in (2, 3):
-            low, high, share = bilinear(blocks.shape[axis], self.grid, gray.device)
-            if axis == 2:
-                rows, row_share = torch.stack([low, high]), share
-            else:
-                columns, column_share = torch.stack([low, high]), share
-        corners = blocks[:, :, rows[:, None, :, None], columns[None, :, None, :]]  # (B, 8, 2, 2, g, g, 4, 4)
-        corners = corners.permute(0, 2, 3, 4, 5, 6, 7, 1).flatten(5)  # (B, 2, 2, g, g, 128)
-        corners = l2(l2(corners).clamp(max=0.2))  # L2-Hys
-        corners = F.normalize(corners, dim=-1)
-        corners = torch.lerp(corners[:, 0], corners[:, 1], row_share[:, None, None])
-        tokens = torch.lerp(corners[:, 0], corners[:, 1], column_share[:, None])  # (B, g, g, 128)
-        return tokens.flatten(1, 2)  # (B, T, 128)
-
-
-def luminance(images):
-    """uint8 [B, 3, H, W] -> [B, H, W] in [0, 1]."""
-    r, g, b = images.float().div(255).unbind(1)
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b
-
-
-def l2(x, eps=1e-5):
-    return x / (x.square().sum(-1, keepdim=True) + eps**2).sqrt()
-
-
-def bilinear(size, grid, device):
-    """Where each of `grid` points lies between the `size` samples of an axis (half-pixel centres): low, high, share."""
-    place = ((torch.arange(grid, device=device) + 0.5) * (size / grid) - 0.5).clamp(0, size - 1)
-    low = place.long()
-    return low, (low + 1).clamp(max=size - 1), place - low
-
-
-class Sift(nn.Module):
-    """Dense SIFT (Lowe, 2004): at each place of the grid an upright descriptor of 4x4 cells and 8 directions.
-
-    A descriptor covers twice the grid's spacing, which is 32x32 pixels at 256 px as in the released code; that one
-    turns each to its dominant direction, here all stay upright. Gaussian window, clipped at 0.2, length 1.
-    """
-
-    dim, bins, cells = 128, 8, 4
-
-    def __init__(self, grid):
-        super().__init__()
-        self.grid = grid
-
-    @torch.no_grad()
-    def forward(self, images):
-        side = min(images.shape[-2:])
-        cell = side / self.grid / 2  # pixels
-        if cell < 1:
-            raise ValueError(f"sift needs two pixels for each token, and has {side} for {self.grid}")
-        gray = F.pad(luminance(images), (1, 1, 1, 1), mode="replicate")  # (B, H+2, W+2)
-        dx, dy = gray[:, 1:-1, 2:] - gray[:, 1:-1, :-2], gray[:, 2:, 1:-1] - gray[:, :-2, 1:-1]
-        # between two bins, the last and first too
-        place = torch.atan2(dy, dx) * (self.bins / (2 * torch.pi)) % self.bins
-        low = place.floor()
-        votes = torch.zeros(len(gray), self.bins, *dx.shape[1:], device=gray.device)
-        for n, weight in ((low, 1 + low - place), (low + 1, place - low)):
-            votes.scatter_add_(1, (n % self.bins).long()[:, None], (weight * torch.hypot(dx, dy))[:, None])
-        reach = math.ceil(cell) - 1  # each pixel votes for the cells on both sides of it, in proportion
-        tent = (1 - torch.arange(-reach, reach + 1, device=gray.device).abs() / cell).view(1, 1, 1, -1)
-        votes = F.conv2d(votes.flatten(0, 1)[:, None], tent, padding=(0, reach))
-        votes = F.conv2d(votes, tent.transpose(2, 3), padding=(reach, 0)).view(-1, self.bins, *dx.shape[1:])
-        offset = torch.arange(self.cells, device=gray.device) - (self.cells - 1) / 2  # -1.5 ... 1.5
-        centre = (torch.arange(self.grid, device=gray.device) + 0.5) * 2 / self.grid - 1
-        axis = (centre[:, None] + offset / self.grid).flatten()  # (grid * 4,) in [-1, 1]
-        points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).expand(len(gray), -1, -1, -1)
-        cells = F.grid_sample(votes, points, align_corners=False)  # (B, 8, grid*4, grid*4), zero outside the image
-        cells = cells.unflatten(3, (self.grid, 4)).unflatten(2, (self.grid, 4))  # (B, 8, g, 4, g, 4)
-        window = torch.exp(-((offset / 2) ** 2) / 2)
-        cells = cells * window.view(4, 1, 1) * window
-        tokens = l2(cells.permute(0, 2, 4, 3, 5, 1).flatten(3)).clamp(max=0.2)  # (B, g, g, 128)
-        return F.normalize(tokens, dim=-1).flatten(1, 2)  # (B, T, 128)
-
-
-DRAWN = {"hog": Hog, "sift": Sift}  # made by hand: no weights
-
-
 def build(timm_id, grid, side, **more):
     """The network of a timm id for a grid x grid map of patches, side pixels wide. TypeError if it has no such size."""
     import timm  # late: 1.5 s that other teachers need not wait for
@@ -275,82 +175,6 @@ def without_head(model):
     if getattr(model, "attn_pool", None) is not None:
         model.attn_pool = None
     return model
-
-
-def build_webssl(name):
-    """DINOv2's ViT with a SwiGLU in every size, as timm's VisionTransformer."""
-    from timm.models.vision_transformer import SwiGLUPacked, VisionTransformer
-
-    dim = ENCODERS[name].dim
-    depth, heads = {1024: (24, 16), 1536: (40, 24), 2688: (24, 21), 3072: (26, 24)}[dim]
-    hidden = (4 * dim * 2 // 3 + 7) // 8 * 8
-    ratio = next(r for r in (2 * hidden / dim, 2 * hidden / dim + 1e-6) if int(dim * r) == 2 * hidden)
-    return VisionTransformer(
-        img_size=224, patch_size=14, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=ratio, init_values=1e-5,
-        mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, num_classes=0,
-    )  # fmt: skip
-
-
-def webssl_names(state):
-    """Hugging Face's Dinov2Model, or the original file, to timm's names."""
-    out, parts = {}, {}
-    for key, value in state.items():
-        key = key.removeprefix("dinov2.").removeprefix("embeddings.").removeprefix("encoder.")
-        if key.endswith("mask_token"):
-            continue  # of the training objective only
-        words = key.split(".")
-        if words[0] == "blocks" and len(words) > 3 and words[1].isdigit() and words[2].isdigit():
-            key = ".".join(["blocks", *words[2:]])  # the original file keeps its blocks in chunks
-        for old, new in (
-            ("position_embeddings", "pos_embed"), ("patch_embeddings.projection", "patch_embed.proj"),
-            ("attention.output.dense", "attn.proj"), ("layer_scale1.lambda1", "ls1.gamma"),
-            ("layer_scale2.lambda1", "ls2.gamma"), ("weights_in", "fc1"), ("weights_out", "fc2"), ("layernorm", "norm"),
-            ("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2."),
-        ):  # fmt: skip
-            key = key.replace(old, new)
-        key = key.replace("layer.", "blocks.", 1) if key.startswith("layer.") else key
-        if ".attention.attention." in key:
-            block, rest = key.split(".attention.attention.")
-            which, kind = rest.split(".")
-            parts.setdefault(f"{block}.attn.qkv.{kind}", {})[which] = value
-        else:
-            out[key] = value
-    return {**out, **{key: torch.cat([p["query"], p["key"], p["value"]]) for key, p in parts.items()}}
-
-
-def mocov3_names(state):
-    """MoCo v3's checkpoint to timm's names: the base encoder without its head. The ViT-L file has four odd names."""
-    odd = {"norm13": "norm1", "mlp.fc13": "mlp.fc1", "norm14": "norm2", "mlp.fc14": "mlp.fc2"}
-    out = {}
-    for key, value in state.items():
-        key = key.removeprefix("module.")
-        if key.startswith(("momentum_encoder.", "predictor.")):
-            continue
-        key = key.removeprefix("base_encoder.")
-        if "head" in key or key.startswith("fc"):
-            continue
-        for wrong, right in odd.items():
-            key = key.replace(f".{wrong}.", f".{right}.")
-        out[key] = value
-    return out
-
-
-def read_weights(path):
-    """The state dict in a .pt or .safetensors file, or in a folder of .safetensors shards."""
-    from safetensors.torch import load_file  # comes with timm
-
-    path = Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path} is a folder without .safetensors files")
-    if files[0].suffix == ".safetensors":
-        return {k: v for file in files for k, v in load_file(file).items()}
-    state = read_pt(path)
-    if not isinstance(state, dict):
-        raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
-    for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    return state
 
 
 class ViT(nn.Module):
@@ -385,7 +209,7 @@ class ViT(nn.Module):
         except TypeError as e:
             raise ValueError(f"{timm_id} takes no other image size ({e}); choose another ViT") from e
         except Exception as e:  # network, hub, pickle and shape errors have no common class
-            why = line(e)[:300]
+            why = one_line(e)[:300]
             if weights:
                 raise ValueError(f"{name}: {weights} does not fit the model ({why})") from e
             file = (
@@ -427,7 +251,7 @@ class ViT(nn.Module):
         if weights is None:
             raise ValueError("timm does not carry it")
         if webssl:
-            model = build_webssl(name)
+            model = build_webssl(ENCODERS[name].dim)
         else:
             model = timm.create_model(f"vit_{'base' if 'vitb' in name else 'large'}_patch16_224", num_classes=0)
         if weights != "random":
@@ -446,8 +270,5 @@ class ViT(nn.Module):
         return tokens[:, self.model.num_prefix_tokens :].float()  # (B, T, dim)
 
 
-def fast_bf16(device):
-    """Whether bf16 is worth having: on GPUs, and on CPUs with instructions for it (others are 100 times slower)."""
-    if torch.device(device).type != "cpu":
-        return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+if __name__ == "__main__":
+    print(list_encoders())

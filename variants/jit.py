@@ -18,15 +18,18 @@ have to draw from the step's generator for a resumed run to be the same run.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import irepa
-from irepa import Projector, check, check_network, draws, interpolate, look_up, modulate, with_alignment
-from sample import guided, projector_of, sample_ode
+from irepa import check, guided, interpolate, modulate, sample_ode, training_draws, with_alignment
+
+# what it changes in train.py, in training and in --demo; lr and warm-up are the paper's 5e-5 a batch of 256 and 5
+# epochs of ImageNet
+TRAINING = dict(model="JiT-B/16", vae=None, lr=5e-5, beta2=0.95, clip=None, warmup=25_000)
+DEMO = dict(model="JiT-S/4", steps=900, sample_every=300, ckpt_every=300, out="runs/jit-demo")
 
 # name: (depth, width, heads, bottleneck, block after which the alignment sits). B, L, H and patches of 16 (256 px) and
 # 32 (512 px) are the paper's; S, the smaller patches and H's depth of alignment are ours.
@@ -44,45 +47,40 @@ class Config:
     """Everything that defines the network and its loss. The defaults are JiT-B/16 with iREPA on 256-px images."""
 
     input_size: int = 256  # side of the images in pixels
-    patch_size: int = 16
+    patch_size: int = 16  # side of a token
     in_channels: int = 3
-    hidden_size: int = 768
-    depth: int = 12
-    num_heads: int = 12
+    hidden_size: int = 768  # width of the tokens
+    depth: int = 12  # blocks
+    num_heads: int = 12  # of attention
     bottleneck: int = 128  # width between the two layers of the patch embedding
     num_classes: int = 1000  # the label num_classes is the null class
-    class_dropout: float = 0.1
-    in_context_len: int | None = None  # copies of the label that join the tokens; None: 32, at most an eighth of them
+    class_dropout: float = 0.1  # share of labels replaced by the null class in training, for guidance
+    in_context_len: int | None = None  # copies of the label that join the tokens; none: 32, at most an eighth of them
     in_context_start: int = 4  # after this many blocks: a third of them
-    noise_scale: float | None = None  # standard deviation of the noise; None: input_size / 256, and at least 1
+    noise_scale: float | None = None  # standard deviation of the noise; none: image size / 256, and at least 1
     P_mean: float = -0.8  # of the logit of JiT's time
-    P_std: float = 0.8
+    P_std: float = 0.8  # likewise
     t_eps: float = 0.05  # the velocity is an error of the image divided by t, or by this where t is smaller
     encoder_dim: int = 768
-    encoder_depth: int = 4
-    projector: str | None = "conv"
-    kernel_size: int = 3
-    projector_dim: int = 2048
-    gamma: float | None = 0.8
-    proj_coeff: float = 0.5
+    encoder_depth: int = 4  # align after this many blocks of the transformer
+    projector: str | None = "conv"  # conv (iREPA), mlp (REPA), linear, or none: no alignment
+    kernel_size: int = 3  # of the conv projector
+    projector_dim: int = 2048  # hidden width of the mlp projector
+    gamma: float | None = 0.8  # of the spatial norm; none: the teacher's tokens as they are
+    proj_coeff: float = 0.5  # weight of the alignment in the loss
 
     def __post_init__(self):
         if self.noise_scale is None:  # the paper has 1 at 256 px and 2 at 512; below, 1 is ours
             self.noise_scale = max(1.0, self.input_size / 256)
-        check_network(self)
+        irepa.check_network(self)
         if self.in_context_len is None:  # the paper always has 256 tokens; fewer are ours
             self.in_context_len = max(1, min(32, (self.input_size // self.patch_size) ** 2 // 8))
         for name in "bottleneck in_context_len noise_scale P_std t_eps".split():
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         check(self.in_channels == 3, f"JiT is made for pixels (--vae none), not for {self.in_channels} channels")
-        check(
-            self.hidden_size % (4 * self.num_heads) == 0,
-            f"hidden_size {self.hidden_size} must be a multiple of 4 x num_heads {self.num_heads}, to be rotated",
-        )
-        check(
-            0 <= self.in_context_start < self.depth,
-            f"in_context_start {self.in_context_start} leaves none of the {self.depth} blocks after it",
-        )
+        width, heads, start = self.hidden_size, self.num_heads, self.in_context_start
+        check(width % (4 * heads) == 0, f"hidden_size {width} must be a multiple of 4 x {heads} heads, to be rotated")
+        check(0 <= start < self.depth, f"in_context_start {start} leaves none of the {self.depth} blocks after it")
 
     @classmethod
     def named(cls, name, **overrides):
@@ -90,7 +88,7 @@ class Config:
 
         ValueError, with the list of what there is, for a name or a field that does not exist.
         """
-        row, patch = look_up(cls, "JiT", SIZES, PATCHES, name, overrides)
+        row, patch = irepa.look_up(cls, "JiT", SIZES, PATCHES, name, overrides)
         depth, width, heads, bottleneck, encoder_depth = row
         settings = dict(patch_size=patch, depth=depth, hidden_size=width, num_heads=heads, bottleneck=bottleneck)
         depth = overrides.get("depth", depth)
@@ -107,8 +105,7 @@ def own_time(t):
     return 1 - t
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The network, with the state-dict names of the released checkpoints
+# ---- The network, with the state-dict names of the released checkpoints ----
 
 
 class RMSNorm(nn.Module):
@@ -198,14 +195,15 @@ class JiT(nn.Module):
         self.config = c = config
         self.x_embedder = PatchEmbed(c.patch_size, c.in_channels, c.bottleneck, c.hidden_size)
         self.t_embedder = irepa.TimestepEmbedder(c.hidden_size)
-        self.y_embedder = irepa.LabelEmbedder(c.num_classes, c.hidden_size)
+        self.y_embedder = irepa.layers(embedding_table=nn.Embedding(c.num_classes + 1, c.hidden_size))
         table = irepa.position_table(c.hidden_size, c.input_size // c.patch_size)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.in_context_posemb = nn.Parameter(torch.zeros(1, c.in_context_len, c.hidden_size))
         self.blocks = nn.ModuleList(Block(c.hidden_size, c.num_heads) for _ in range(c.depth))
         self.projectors = nn.ModuleList()
         if c.projector:
-            self.projectors.append(Projector(c.projector, c.hidden_size, c.encoder_dim, c.kernel_size, c.projector_dim))
+            settings = c.projector, c.hidden_size, c.encoder_dim, c.kernel_size, c.projector_dim
+            self.projectors.append(irepa.Projector(*settings))
         self.final_layer = irepa.FinalLayer(c.hidden_size, c.patch_size**2 * c.in_channels)
         self.final_layer.norm_final = RMSNorm(c.hidden_size)
         self.initialize()
@@ -233,7 +231,7 @@ class JiT(nn.Module):
         config, label = self.config, self.y_embedder(y)  # (B, D)
         c = self.t_embedder(own_time(t)) + label  # (B, D)
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
-        patches, z = x.shape[1], None
+        patches, h = x.shape[1], None
         head_dim = config.hidden_size // config.num_heads
         rotary = rotary_table(head_dim, math.isqrt(patches), config.in_context_len, x.device)
         for i, block in enumerate(self.blocks, start=1):
@@ -241,15 +239,14 @@ class JiT(nn.Module):
                 x = torch.cat([label.unsqueeze(1) + self.in_context_posemb, x], dim=1)  # (B, in_context_len + T, D)
             x = block(x, c, rotary[:, -x.shape[1] :])
             if i == config.encoder_depth and len(self.projectors):
-                z = self.projectors[0](x[:, -patches:])  # (B, T, encoder_dim)
+                h = self.projectors[0](x[:, -patches:])  # (B, T, encoder_dim)
         x = self.final_layer(x[:, -patches:], c)  # (B, T, p*p*3)
-        return self.unpatchify(x), z
+        return self.unpatchify(x), h
 
 
 model = JiT
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loss and the sampler
+# ---- The loss and the sampler ----
 
 
 def loss(model, x, y, target, config, generator=None, part=(0, 1)):
@@ -259,38 +256,53 @@ def loss(model, x, y, target, config, generator=None, part=(0, 1)):
     denoise, its mean squared error, is that of the image over t^2 (x-prediction with v-loss in the paper). Both take
     t_eps for a smaller t.
     """
-    draw = draws(x, generator, part)
-    t = own_time(torch.sigmoid(config.P_mean + config.P_std * draw(torch.randn)))
-    noise = config.noise_scale * draw(torch.randn, *x.shape[1:])
-    if model.training:
-        y = torch.where(draw(torch.rand) < config.class_dropout, config.num_classes, y)
+
+    def times(draw):
+        return own_time(torch.sigmoid(config.P_mean + config.P_std * draw(torch.randn)))
+
+    t, noise, y = training_draws(model, x, y, config, generator, part, times)
+    noise = config.noise_scale * noise
     x_t, _ = interpolate(x, noise, t)
-    image, z = model(x_t, t, y)
+    image, h = model(x_t, t, y)
     error = (image.float() - x) / t.clamp(min=config.t_eps).view(-1, 1, 1, 1)
-    return with_alignment(error.square().mean(), z, target, config)
+    return with_alignment(error.square().mean(), h, target, config)
 
 
-def sampler(model, y, noise, generators, sampler: Literal["heun", "euler"] = "heun", steps=50, cfg=1.0,
-            cfg_interval=(0.0, 1.0)):  # fmt: skip
+@dataclass
+class Sampling:
+    """How samples are drawn; as published."""
+
+    sampler: str = "heun"  # heun or euler
+    steps: int = 50  # steps from noise to image
+    cfg: float = 1.0  # guidance scale; 1 is none
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # guide for t in [LO, HI], in JiT's time, where 1 is data
+
+    def __post_init__(self):
+        check(self.sampler in ("heun", "euler"), f"--sampler is heun or euler, not {self.sampler}")
+
+
+def solve(model, y, noise, generators, how):
     """noise [n, 3, H, W], labels y [n] -> images like noise; generators are unused, as nothing else is drawn.
 
     cfg_interval is in JiT's time, as published: (0.1, 1) spares the first tenth, from noise on, and has no guidance at
     its ends themselves, except that 0 includes the start. The velocity's t_eps acts here too, so that the last of 50
     steps goes 40 % of the way to the image, as in the released sampler.
     """
-    config, (low, high) = model.config, cfg_interval
+    config, (low, high) = model.config, how.cfg_interval
     # guided() counts the ends in; the millionth also absorbs the rounding of the times
     interval = own_time(high) + 1e-6, own_time(low) - 1e-6 if low > 0 else 1.0
-    image = guided(model, y, cfg, interval)  # of images as of velocities: the two differ by an affine map
+    image = guided(model, y, how.cfg, interval)  # of images as of velocities: the two differ by an affine map
 
     def velocity(x, t):
         return (x - image(x, t)) / max(float(t), config.t_eps)
 
-    return sample_ode(velocity, config.noise_scale * noise, steps, heun=sampler == "heun")
+    return sample_ode(velocity, config.noise_scale * noise, how.steps, heun=how.sampler == "heun")
 
 
-def infer_config(weights, args=None):
-    """The Config fields that a released state dict shows by its shapes, and its args (a Namespace, or None) by name."""
+def released(weights, args=None):
+    """The Config fields that a released JiT shows by its shapes, and its args (a Namespace, or None) by name."""
+    if "x_embedder.proj1.weight" not in weights:
+        return None
     bottleneck, channels, patch, _ = weights["x_embedder.proj1.weight"].shape
     width = weights["x_embedder.proj2.bias"].shape[0]
     depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
@@ -309,4 +321,4 @@ def infer_config(weights, args=None):
         encoder_depth=min(getattr(args, "encoder_depth", by_width.get(width, 1)), depth),
     )
     settings.update({k: getattr(args, k) for k in ("noise_scale", "P_mean", "P_std", "t_eps") if hasattr(args, k)})
-    return {**settings, **projector_of(weights)}
+    return settings

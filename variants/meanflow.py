@@ -6,10 +6,10 @@
 
 SiT learns the velocity v at a point of the path; MeanFlow learns the average velocity of the way from t down to r,
 
-    u(z_t, r, t) = 1/(t-r) * integral of v from r to t,        so that z_r = z_t - (t-r) u(z_t, r, t) exactly,
+    u(x_t, r, t) = 1/(t-r) * integral of v from r to t,        so that x_r = x_t - (t-r) u(x_t, r, t) exactly,
 
 and a whole way from noise (t = 1) to data (r = 0) is one step. Multiplied by t-r and differentiated by t, this
-defines u without the integral: u = v - (t-r) du/dt, where du/dt follows the path, (dz/dt, dr/dt, dt/dt) = (v, 0, 1).
+defines u without the integral: u = v - (t-r) du/dt, where du/dt follows the path, (dx/dt, dr/dt, dt/dt) = (v, 0, 1).
 That total derivative is one Jacobian-vector product (jvp, forward mode). The right-hand side, with the network's own
 u in it and without gradient, is the regression target; where r = t nothing is left of it but v, as in irepa.py.
 
@@ -18,7 +18,7 @@ instead of at sampling, a weight for each image in the loss, and the sampler.
 
 What is ours, as no public code combines the two and the iREPA paper (its table of MeanFlow results) names neither
 depth, coefficient nor rows:
-  - the tokens of the ordinary forward at (z, r, t) are aligned, of all rows, at irepa.py's depth and coefficient;
+  - the tokens of the ordinary forward at (x_t, r, t) are aligned, of all rows, at irepa.py's depth and coefficient;
     no projector runs in the passes for guidance and du/dt, which make targets only;
   - which rows have r < t is fixed by their place in the batch (see draw_times), and label drops do not depend on it.
     In the official JAX code both are the first rows, so that the null class hardly ever sees r < t.
@@ -39,23 +39,26 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import irepa
-from irepa import SiT, TimestepEmbedder, check, draws, interpolate, with_alignment
-from sample import state
+from irepa import SiT, TimestepEmbedder, check, interpolate, precise, training_draws, with_alignment
 
 # torch's own, printed through the progress bar at the first jvp
 warnings.filterwarnings("ignore", ".*torch.jit.script. is deprecated")
+
+# what it changes in train.py, in training and in --demo
+TRAINING = dict(model="SiT-B/2", beta2=0.95)
+DEMO = dict(omega=2.0, kappa=0.0, sample_cfg=1.0, out="runs/meanflow-demo")
 
 
 @dataclass
 class Config(irepa.Config):
     """irepa.Config, and what MeanFlow adds. The defaults are those of MeanFlow's B/2: an effective guidance of 2."""
 
-    share: float = 0.25  # of the rows, with r < t
+    share: float = 0.25  # share of the rows of a batch with r < t
     time_mean: float = -0.4  # of the logit-normal that t and r come from
-    time_std: float = 1.0
+    time_std: float = 1.0  # likewise
     omega: float = 1.0  # the guidance baked in has the effective scale omega / (1 - kappa); 1 and 0: none
-    kappa: float = 0.5
-    guidance_interval: tuple = (0.0, 1.0)  # guide only for t in it
+    kappa: float = 0.5  # the part of it that comes from the network's own conditional velocity
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # guide for t in [LO, HI]
     power: float = 1.0  # p of the weight 1 / (squared error + c)^p of an image; 0: none
     offset: float = 0.01  # its c
 
@@ -84,24 +87,23 @@ class MeanFlow(SiT):
     def forward(self, x, t, y, r, project=True):
         x = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)  # (B, D)
-        z = None
+        h = None
         for i, block in enumerate(self.blocks, start=1):
             x = block(x, c)  # (B, T, D)
             if i == self.config.encoder_depth and len(self.projectors) and project:
-                z = self.projectors[0](x)  # (B, T, encoder_dim)
+                h = self.projectors[0](x)  # (B, T, encoder_dim)
         x = self.final_layer(x, c)  # (B, T, p*p*C)
-        return self.unpatchify(x), z
+        return self.unpatchify(x), h
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The target
+# ---- The target ----
 
 
 @torch.no_grad()
-def guided_velocity(net, z, t, y, v, config):
+def guided_velocity(net, x_t, t, y, v, config):
     """The velocity that u averages, [B, ...] like the path's own v (MeanFlow, section 4.2, with the appendix's kappa).
 
-    omega v + kappa u(z, t, t, y) + (1 - omega - kappa) u(z, t, t, null), from the current weights: guidance that
+    omega v + kappa u(x_t, t, t, y) + (1 - omega - kappa) u(x_t, t, t, null), from the current weights: guidance that
     sampling need not repeat. It stays v for t outside of the interval, and where y is null already.
     """
     if config.omega == 1 and config.kappa == 0:
@@ -110,7 +112,7 @@ def guided_velocity(net, z, t, y, v, config):
     labels = [null, y] if config.kappa else [null]
     n = len(labels)
     t_n = t.repeat(n)
-    u = net(z.repeat(n, 1, 1, 1), t_n, torch.cat(labels), t_n, project=False)[0].to(v.dtype)
+    u = net(x_t.repeat(n, 1, 1, 1), t_n, torch.cat(labels), t_n, project=False)[0].to(v.dtype)
     u_null, u_cond = u.chunk(n)[0], u.chunk(n)[-1]
     guided = config.omega * v + config.kappa * u_cond + (1 - config.omega - config.kappa) * u_null
     low, high = config.guidance_interval
@@ -119,17 +121,17 @@ def guided_velocity(net, z, t, y, v, config):
 
 
 @torch.no_grad()
-def average_target(net, z, t, r, y, v, rows):
+def average_target(net, x_t, t, r, y, v, rows):
     """v - (t-r) du/dt (MeanFlow, eq. 6 and 10), like v [B, ...]; `rows` [n] int64 are those where r < t may hold.
 
     With v the guided velocity, which is then also the direction of du/dt. The other rows are v, as t-r is 0 there.
     """
     target = v.clone()
     if len(rows):
-        z, t, r, y, v = (a[rows] for a in (z, t, r, y, v))
+        x_t, t, r, y, v = (a[rows] for a in (x_t, t, r, y, v))
         tangents = v, torch.ones_like(t), torch.zeros_like(r)
         with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-            _, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, y, r, project=False)[0], (z, t, r), tangents)
+            _, du_dt = torch.func.jvp(lambda x, t, r: net(x, t, y, r, project=False)[0], (x_t, t, r), tangents)
         target[rows] = v - (t - r).view(-1, 1, 1, 1) * du_dt.to(v.dtype)
     return target
 
@@ -154,18 +156,15 @@ def meanflow_loss(model, x, y, target, config, generator=None, part=(0, 1)):
     A dict of scalars: loss, denoise, align. With power 1 the weighted part always prints nearly 1, so that `denoise`
     is the mean squared error itself, of u against its target.
     """
-    draw = draws(x, generator, part)
-    normals, noise = draw(torch.randn, 2), draw(torch.randn, *x.shape[1:])
-    if model.training:
-        y = torch.where(draw(torch.rand) < config.class_dropout, config.num_classes, y)
+    normals, noise, y = training_draws(model, x, y, config, generator, part, lambda draw: draw(torch.randn, 2))
     t, r, rows = draw_times(normals, part[0] * len(x), config)
-    z, v = interpolate(x, noise, t, config.path)
+    x_t, v = interpolate(x, noise, t, config.path)
     net = getattr(model, "module", model)  # DDP knows no forward mode, and the target needs none of its gradients
-    v = guided_velocity(net, z, t, y, v, config)
-    u_target = average_target(net, z, t, r, y, v, rows)
-    u, tokens = model(z, t, y, r)
+    v = guided_velocity(net, x_t, t, y, v, config)
+    u_target = average_target(net, x_t, t, r, y, v, rows)
+    u, h = model(x_t, t, y, r)
     squares = (u.float() - u_target).square().flatten(1)  # (B, C*H*W)
-    losses = with_alignment(weighted(squares.sum(1), config).mean(), tokens, target, config)
+    losses = with_alignment(weighted(squares.sum(1), config).mean(), h, target, config)
     return {**losses, "denoise": squares.mean()}
 
 
@@ -174,18 +173,24 @@ def weighted(squares, config):
     return squares / (squares.detach() + config.offset) ** config.power
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sampling
+# ---- Sampling ----
+
+
+@dataclass
+class Sampling:
+    """How samples are drawn."""
+
+    steps: int = 1  # equal steps from noise to image
 
 
 @torch.no_grad()
-def sampler(model, y, noise, generators, steps=1):
-    """noise [n, C, H, W], labels y [n] -> x like noise, in `steps` equal steps from t = 1 to 0 (MeanFlow, eq. 12).
+def solve(model, y, noise, generators, how):
+    """noise [n, C, H, W], labels y [n] -> x like noise, in equal steps from t = 1 to 0 (MeanFlow, eq. 12).
 
     Guidance is in the weights already. The state is float64; nothing is drawn, so that `generators` stay unused.
     """
-    x, dtype = state(noise), next(model.parameters()).dtype
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    x, dtype = precise(noise), next(model.parameters()).dtype
+    times = torch.linspace(1, 0, how.steps + 1, dtype=torch.float64).tolist()
     for t, r in zip(times[:-1], times[1:]):
         t_r = torch.tensor([[t], [r]], dtype=dtype, device=x.device).expand(2, len(x))
         x = x - (t - r) * model(x.to(dtype), t_r[0], y, t_r[1])[0].to(x.dtype)

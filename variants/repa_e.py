@@ -18,41 +18,52 @@ latent is not scaled: `bn`, a batch norm without weights, comes before the SiT, 
 (constants for the VAE), in pass 2 by those of the batch, which move the running ones.
 
 As released: all of that, the weights, AdamW with one learning rate for the three networks, norms clipped one by one,
-the discriminator from the first step on, an EMA of the SiT and of bn's statistics alone. The paper writes a squared
-error, the release has L1, and so has this. Ours, because no public code joins REPA-E and iREPA: the conv projector lies
-in the SiT and is frozen in pass 1 with it; the SiT's coefficient is iREPA's 1.0 (REPA-E: 0.5), the VAE's stays 1.5.
-Ours too: bn starts from the statistics of 256 images, not of a file, and is undone with its eps; the position table
-stays fixed (thawing the SiT, the release trains it); LPIPS takes its images in [-1, 1] once (the first release scaled
-them twice); the discriminator starts from random weights, so that --gan-coeff is a flag; its batch norm sees the images
-of one process, while all else is the same on any number of processes.
+the discriminator from the first step on, an EMA of the SiT and of bn's statistics alone, L1 where the paper writes a
+squared error. Ours, because no public code joins REPA-E and iREPA: the conv projector lies in the SiT and is frozen in
+pass 1 with it; the SiT's coefficient is iREPA's 1.0 (REPA-E: 0.5), the VAE's stays 1.5. Ours too: bn starts from the
+statistics of 256 images, not of a file, and is undone with its eps; the position table stays fixed (thawing the SiT,
+the release trains it); LPIPS takes its images in [-1, 1] once (the first release scaled them twice); the discriminator
+starts from random weights, hence the flag --gan-coeff; its batch norm sees the images of one process, while all else is
+the same on any number of processes.
 """
 
-import atexit
-import copy
-import dataclasses
-import functools
-import math
-import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import irepa
-from inputs.images import line, workers_for
-from inputs.latents import read_pt
-from irepa import Config, draws, interpolate, irepa_loss, with_alignment
-from sample import sampler, save_grid, seeded, start_ranks, to_uint8, versions
+from irepa import draws, interpolate, irepa_loss, seeded, training_draws, with_alignment
+from plumbing.files import one_line, read_pt
+
+# what it changes in train.py's --demo: the tiny VAE is trained from random weights, hence no latents of a file
+DEMO = dict(
+    model="SiT-S/1", vae="tiny", lpips="none", vae_proj_coeff=0.5, gan_coeff=0.01, disc_width=16, hidden_size=128,
+    num_heads=4, batch_size=16, steps=1200, sample_every=600, out="runs/repa-e-demo",
+)  # fmt: skip
 
 L1, LPIPS, KL = 1.0, 1.0, 1e-6  # weights in the VAE's loss, beside --gan-coeff and --vae-proj-coeff
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
-# ---------------------------------------------------------------------------------------------------------------
-# Networks
+
+@dataclass
+class Config(irepa.Config):
+    """irepa.Config, and what the VAE's training adds."""
+
+    lpips: str = "vgg16-397923af.pth"  # torchvision's VGG16 weights for the perceptual loss, or none: without it
+    vae_proj_coeff: float = 1.5  # weight of the alignment in the VAE's loss
+    gan_coeff: float = 0.1  # weight of the discriminator in the VAE's loss
+    disc_width: int = 64  # channels of the discriminator's first layer
+
+    def __post_init__(self):
+        super().__post_init__()
+        irepa.check(self.disc_width > 0, f"--disc-width must be positive, not {self.disc_width}")
+
+
+# ---- Networks ----
 
 
 class LatentNorm(nn.BatchNorm2d):
@@ -82,7 +93,7 @@ class SiT(irepa.SiT):
         return self.projectors[0](x)  # (B, T, encoder_dim)
 
 
-Config, model, sampler = Config, SiT, sampler  # three of the four names that the seam takes; the fourth is loss()
+model = SiT
 
 
 class Discriminator(nn.Module):
@@ -107,14 +118,11 @@ class Discriminator(nn.Module):
 def load_lpips(weights, device):
     """LPIPS on VGG16 (arXiv 1801.03924): (images, images) in [-1, 1] -> [B, 1, 1, 1]; None for "none".
 
-    weights: torchvision's file of VGG16; the layers on top come with the package. ValueError or FileNotFoundError,
-    with what to do, where it cannot be had.
+    weights: torchvision's file; the layers on top come with the package. ValueError or OSError where it cannot be had.
     """
     if weights == "none":
         return None
     hint = f"fetch {VGG16} and name the file after --lpips, or say --lpips none and do without"
-    if weights is None:
-        raise ValueError(f"--method repa_e takes --lpips: {hint}")
     if not Path(weights).is_file():
         raise FileNotFoundError(f"--lpips {weights}: there is no such file: {hint}")
     try:
@@ -126,55 +134,53 @@ def load_lpips(weights, device):
         state = read_pt(weights)
         net.net.load_state_dict({k: state[f"features.{k.split('.', 1)[1]}"] for k in net.net.state_dict()})
     except Exception as e:  # pickle, key and shape errors have no common class
-        raise ValueError(f"--lpips {weights} does not hold torchvision's VGG16 ({line(e)[:200]}): {hint}") from e
+        raise ValueError(f"--lpips {weights} does not hold torchvision's VGG16 ({one_line(e)[:200]}): {hint}") from e
     return net.requires_grad_(False).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Losses
+# ---- Losses ----
 
 
-def loss(model, z, y, target, config, generator=None, part=(0, 1)):
-    """irepa_loss of the latents z [B, C, H, W], as the VAE makes them, after bn (REPA-E, section 3)."""
-    return irepa_loss(model, model.bn(z), y, target, config, generator, part)
+def loss(model, latent, y, target, config, generator=None, part=(0, 1)):
+    """irepa_loss of latents [B, C, H, W], as the VAE makes them, after bn (REPA-E, section 3)."""
+    return irepa_loss(model, model.bn(latent), y, target, config, generator, part)
 
 
 def posterior(vae, x, generator, part=(0, 1)):
-    """Images [B, 3, H, W] in [-1, 1] -> (z [B, C, h, w], KL to the normal, summed per image, mean over images)."""
+    """Images [B, 3, H, W] in [-1, 1] -> (latent [B, C, h, w], KL to the normal, a sum per image, mean over images)."""
     found = vae.encode(x).latent_dist
     mean, logvar = found.mean.float(), found.logvar.float()
-    z = mean + (logvar / 2).exp() * draws(x, generator, part)(torch.randn, *mean.shape[1:])
-    return z, 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+    latent = mean + (logvar / 2).exp() * draws(x, generator, part)(torch.randn, *mean.shape[1:])
+    return latent, 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
 
 
-def frozen_alignment(model, z, y, target, config, generator, part=(0, 1)):
-    """Pass 1: the alignment of z [B, C, h, w] by the model as it is, at the times and noise that loss() will draw.
+def frozen_alignment(model, latent, y, target, config, generator, part=(0, 1)):
+    """Pass 1: the alignment of latents [B, C, h, w] by the model as it is, at the times and noise that loss() draws.
 
     Call it in eval mode and with a generator in the state that loss() finds: no label is dropped, bn stays put.
     """
-    draw = draws(z, generator, part)
-    t, noise = draw(torch.rand), draw(torch.randn, *z.shape[1:])
-    x_t, _ = interpolate(model.bn(z), noise, t, config.path)
-    return with_alignment(z.new_zeros(()), model.tokens(x_t, t, y), target, config)["align"]
+    t, noise, y = training_draws(model, latent, y, config, generator, part)
+    x_t, _ = interpolate(model.bn(latent), noise, t, config.path)
+    return with_alignment(latent.new_zeros(()), model.tokens(x_t, t, y), target, config)["align"]
 
 
-def vae_loss(model, vae, disc, x, y, target, config, coeffs, perceptual, noise, twin, part=(0, 1)):
-    """-> (dict of scalars: loss, l1, lpips, kl, gan, vae_align; z; the reconstruction of x) (REPA-E, section 3).
+def vae_loss(model, vae, disc, x, y, target, config, perceptual, noise, twin, part=(0, 1)):
+    """-> (dict of scalars: loss, l1, lpips, kl, gan, vae_align; latent; the reconstruction of x) (REPA-E, section 3).
 
-    x [B, 3, H, W] in [-1, 1]; target as in irepa_loss. coeffs weigh alignment and GAN, perceptual is load_lpips's.
-    noise draws the posterior's sample, twin what frozen_alignment takes.
+    x [B, 3, H, W] in [-1, 1]; target as in irepa_loss; perceptual is load_lpips's. noise draws the posterior's sample,
+    twin what frozen_alignment takes.
     """
-    z, kl = posterior(vae, x, noise, part)
-    recon = vae.decode(z).sample.float()
+    latent, kl = posterior(vae, x, noise, part)
+    recon = vae.decode(latent).sample.float()
     zero = torch.zeros((), device=x.device)
     model.eval()
-    align = frozen_alignment(model, z, y, target, config, twin, part) if config.projector else zero
+    align = frozen_alignment(model, latent, y, target, config, twin, part) if config.projector else zero
     with torch.autocast(x.device.type, enabled=False):
         l1 = (x - recon).abs().mean()
         lpips = perceptual(x, recon).mean() if perceptual else zero
         gan = -disc(recon).mean()
-    total = L1 * l1 + LPIPS * lpips + KL * kl + coeffs[0] * align + coeffs[1] * gan
-    return dict(loss=total, l1=l1, lpips=lpips, kl=kl, gan=gan, vae_align=align), z, recon
+    total = L1 * l1 + LPIPS * lpips + KL * kl + config.vae_proj_coeff * align + config.gan_coeff * gan
+    return dict(loss=total, l1=l1, lpips=lpips, kl=kl, gan=gan, vae_align=align), latent, recon
 
 
 def hinge_loss(disc, x, recon):
@@ -183,8 +189,9 @@ def hinge_loss(disc, x, recon):
         return 0.5 * (F.relu(1 - disc(x)).mean() + F.relu(1 + disc(recon.detach())).mean())
 
 
-def set_gradients(loss, params):
-    """p.grad of these parameters, and of no others, is the loss's gradient, averaged over the processes."""
+def set_gradients(loss, net):
+    """p.grad of this network's parameters, and of no others, is the loss's gradient, averaged over the processes."""
+    params = [p for p in net.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, params)
     if dist.is_initialized():
         flat = torch.cat([g.flatten() for g in grads])
@@ -194,10 +201,6 @@ def set_gradients(loss, params):
     for p, g in zip(params, grads):
         # some come channels last, and a fused step reads them in the order of memory
         p.grad = torch.empty_like(p, requires_grad=False).copy_(g)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The VAE out of a checkpoint
 
 
 def latent_spec(model, spec):
@@ -216,32 +219,25 @@ def stored_vae(data, model, device):
         vae.load_state_dict(data["vae"])
         spec = latent_spec(model, data["latent"])
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
-        raise ValueError(f"the checkpoint's VAE cannot be used: {line(e)[:300]}") from e
+        raise ValueError(f"the checkpoint's VAE cannot be used: {one_line(e)[:300]}") from e
     return vae.eval().requires_grad_(False).to(device), spec
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Train
+# ---- Train ----
 
 
-def loop(args, device):
-    """train() for these flags, with the signature of train.train. ValueError where the flags do not fit."""
-    if args.vae == "none":
-        raise ValueError("--method repa_e trains a VAE: name one with --vae (tiny: a small one with random weights)")
-    if args.cache_latents or args.latents:
-        raise ValueError("--method repa_e changes its latents all the time: leave --latents and --cache-latents out")
-    if args.latent_stats:
-        raise ValueError("--method repa_e measures its latents' statistics: leave --latent-stats out")
-    if args.vae_precision != "fp32":
-        raise ValueError("--method repa_e keeps its VAE's weights in fp32: leave --vae-precision out (see --precision)")
-    if args.accumulate > 1:
-        raise ValueError("--method repa_e normalises whole batches: leave --accumulate out")
-    if args.image_size < 24:
-        raise ValueError(f"--image-size {args.image_size} is too small for the discriminator, which takes 24 px")
-    return functools.partial(train, perceptual=load_lpips(args.lpips, device))
-
-
-MEANS = "loss denoise align l1 lpips kl gan vae_align disc grad_norm grad_norm_vae grad_norm_disc".split()
+def check_run(run):
+    """ValueError where flags do not fit."""
+    for fits, why in (
+        (run.vae is not None, "trains a VAE: name one with --vae (tiny: a small one with random weights)"),
+        (not run.latents, "changes its latents all the time: leave --latents out"),
+        (not run.latent_stats, "measures its latents' statistics: leave --latent-stats out"),
+        (run.vae_precision == "fp32", "keeps its VAE's weights in fp32: leave --vae-precision out"),
+        (run.accumulate == 1, "normalises whole batches: leave --accumulate out"),
+        (run.image_size >= 24, f"has a discriminator that takes 24 px, not {run.image_size}"),
+    ):
+        irepa.check(fits, f"--method {run.method} {why}")
+    load_lpips(run.network.get("lpips", Config.lpips), "cpu")
 
 
 @torch.no_grad()
@@ -253,182 +249,57 @@ def measure(bn, vae, images):
     bn.running_mean.copy_(mean)
 
 
-@torch.no_grad()
-def draw_reconstructions(vae, x, path):
-    """Rows of eight images x [B, 3, H, W] in [-1, 1], and below each row what the VAE makes of it."""
-    columns = min(8, len(x))
-    count = len(x) // columns
-    pairs = zip(x[: count * columns].split(columns), vae.decode(vae.encode(x).latent_dist.mean).sample.split(columns))
-    save_grid(to_uint8(torch.cat([row for pair in pairs for row in pair])), ["images", "reconstructed"] * count, path)
+class Learner:
+    """Three networks that learn from three losses, as train.Learner is one: see there for what each name gives."""
 
+    def __init__(self, job, ranks, indices):
+        self.job, self.part, self.images = job, (ranks.rank, ranks.world), None
+        self.perceptual = load_lpips(job.config.lpips, job.device)
+        vae = job.latent[0].requires_grad_(True)
+        model, disc = SiT(job.config).to(job.device), Discriminator(job.config.disc_width).to(job.device)
+        if not job.checkpoint:
+            measure(model.bn, vae, job.data[indices[:256]][0].to(job.device))
+        self.networks = dict(model=model, vae=vae, disc=disc)
 
-def train(args, config, data, teacher, latent, device, checkpoint=None, *, perceptual):
-    import train as base  # which loads this file
+    def held_out(self, images, moments, part):
+        x = images.float() / 127.5 - 1
+        self.images = x if self.images is None else self.images
+        vae, device = self.networks["vae"], self.job.device
+        return lambda: posterior(vae, x, seeded(0, 1, device), part)[0]  # of the VAE as it is by then
 
-    rank, world = start_ranks(device, 30)
-    atexit.register(base.kill_workers)
-    out, part, coeffs = Path(args.out), (rank, world), (args.vae_proj_coeff, args.gan_coeff)
-    bf16 = base.uses_bf16(args, device)
-    autocast = functools.partial(base.mixed, device, bf16)
-    indices, chunks = base.split(len(data))
-
-    torch.manual_seed(args.seed)
-    vae, spec = latent[0].requires_grad_(True), latent[1]
-    model, disc = SiT(config).to(device), Discriminator(args.disc_width).to(device)
-    if not checkpoint:
-        measure(model.bn, vae, data[indices[:256]][0].to(device))
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    nets = dict(model=model, vae=vae, disc=disc)
-    params = {name: [p for p in net.parameters() if p.requires_grad] for name, net in nets.items()}
-    opts = {
-        name: torch.optim.AdamW(ps, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0, fused=True)
-        for name, ps in params.items()
-    }
-    parts = dict(model=model, ema=ema, vae=vae, discriminator=disc)
-    parts.update(opt=opts["model"], opt_vae=opts["vae"], opt_disc=opts["disc"])
-    start, seconds = 0, 0.0
-    if checkpoint:
-        for name, part_of in parts.items():
-            part_of.load_state_dict(checkpoint[name])
-        start, seconds = checkpoint["step"], checkpoint["seconds"]
-    if device.type == "cuda" if args.compile is None else args.compile:
-        for block in model.blocks:
-            block.compile()
-    # what a step moves without an optimiser, and must not move where its numbers are not finite
-    buffers = [b for net in (model, disc) for b in net.buffers() if b.is_floating_point()]
-
-    held = []
-    for i, chunk in enumerate(chunks):
-        if i % world == rank:
-            images, labels, _ = base.on(device, data[chunk])
-            held.append((i, len(chunks), images.float() / 127.5 - 1, labels))
-    workers = workers_for(data) if args.workers is None else args.workers
-    feed = iter(
-        torch.utils.data.DataLoader(
-            data, batch_size=None, sampler=base.batches(indices, args, start, rank, world), num_workers=workers,
-            pin_memory=device.type == "cuda", worker_init_fn=base.deaf,
-        )
-    )  # fmt: skip
-
-    if rank == 0:
-        record = dict(vars(args), **versions(), config=dataclasses.asdict(config), classes=data.classes)
-        record.update(hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
-        record.update({f"parameters_{name}": sum(p.numel() for p in ps) for name, ps in params.items()})
-        record.update(world_size=world, bf16=bf16, images=len(data))
-        log = base.open_log(out, record, start if checkpoint else None)
-        sizes = ", ".join(f"{name} {record[f'parameters_{name}'] / 1e6:.1f}M" for name in nets)
-        print(
-            f"repa_e on {device}: {sizes} parameters, {'LPIPS' if perceptual else 'no LPIPS'}, {len(indices)} images in"
-            f" {len(data.classes)} classes, step {start} of {args.steps}"
-        )
-
-    def save(step):
-        state = {name: part_of.state_dict() for name, part_of in parts.items()}
-        state.update(vae_config={k: v for k, v in vae.config.items() if not k.startswith("_")}, latent=spec)
-        state.update(config=dataclasses.asdict(config), settings=vars(args), classes=data.classes, images=len(data))
-        base.save_checkpoint(out, dict(state, step=step, seconds=seconds, processes=world), args.keep)
-
-    def draw_all(step):
-        samples = out / "samples"
-        base.draw_samples(ema, data, args, (vae, latent_spec(ema, spec)), samples / f"step-{step:07d}.png")
-        draw_reconstructions(vae, held[0][2], samples / f"reconstructions-{step:07d}.png")
-
-    cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" and world > 1 else None
-    sums, since, clock, run, saved = torch.zeros(len(MEANS), device=device), start, time.time(), 0, True
-    skips = torch.zeros(args.log_every, device=device)  # 1 for each step since the last log that was not applied
-    bar = tqdm(
-        total=args.steps, initial=start, disable=rank > 0, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30
-    )
-    for step in range(start, args.steps):
-        images, labels, _ = base.on(device, next(feed))
-        x, target = images.float() / 127.5 - 1, teacher(images) if teacher else None
-        noise, twin, again = (seeded(args.seed, 2 * step + k, device) for k in (0, 1, 1))
-        before = [b.clone() for b in buffers]
-        with autocast():
-            losses, z, recon = vae_loss(
-                model, vae, disc, x, labels, target, config, coeffs, perceptual, noise, twin, part
-            )
-        set_gradients(losses.pop("loss"), params["vae"])
-        losses["disc"] = hinge_loss(disc, x, recon)
-        set_gradients(losses["disc"], params["disc"])
+    def gradients(self, step, parts):
+        job, config, nets = self.job, self.job.config, self.networks.values()
+        model, vae, disc = nets
+        [(_, images, labels, _)] = parts
+        x, target = images.float() / 127.5 - 1, job.teacher(images) if job.teacher else None
+        noise, twin, again = (seeded(job.run.seed, 2 * step + k, job.device) for k in (0, 1, 1))
+        with job.autocast():
+            terms, latent, recon = vae_loss(*nets, x, labels, target, config, self.perceptual, noise, twin, self.part)
+        set_gradients(terms.pop("loss"), vae)
+        terms["disc"] = hinge_loss(disc, x, recon)
+        set_gradients(terms["disc"], disc)
         model.train()
-        with autocast():
-            losses.update(loss(model, z.detach(), labels, target, config, again, part))
-        set_gradients(losses["loss"], params["model"])
+        with job.autocast():
+            terms.update(loss(model, latent.detach(), labels, target, config, again, self.part))
+        set_gradients(terms["loss"], model)
+        return terms
 
-        norms = {
-            name: torch.nn.utils.clip_grad_norm_(ps, math.inf if args.clip is None else args.clip)
-            for name, ps in params.items()
-        }
-        losses.update(grad_norm=norms["model"], grad_norm_vae=norms["vae"], grad_norm_disc=norms["disc"])
-        skips[step - since] = skip = (
-            ~torch.isfinite(sum(norms.values()))
-        ).float()  # then all networks stay as they are
-        ramp = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
-        if args.lr_schedule == "cosine":
-            ramp *= 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
-        for opt in opts.values():
-            opt.param_groups[0]["lr"] = args.lr * ramp
-            opt.found_inf = skip
-            opt.step()
-            opt.zero_grad()
-        for b, old in zip(buffers, before):
-            b.copy_(torch.where(skip > 0, old, b))
-        sums += torch.where(skip > 0, 0, torch.stack([losses[name].detach() for name in MEANS]))
-        decay = min(args.ema, (1 + step) / (10 + step)) if args.ema_warmup else args.ema
-        moving = [[*net.parameters(), net.bn.running_mean, net.bn.running_var] for net in (ema, model)]
-        with torch.no_grad():  # or each step would hang its history on the average
-            torch._foreach_lerp_(*moving, 1 - decay)
-        ema.bn.num_batches_tracked.copy_(model.bn.num_batches_tracked)
-        bar.update()
+    def decoder(self, ema):
+        return self.networks["vae"], latent_spec(ema, self.job.latent[1])
 
-        done = step + 1
-        if done % args.log_every == 0 or done == args.steps:
-            if world > 1:
-                dist.all_reduce(sums)
-            flags = skips[: done - since].bool().tolist()
-            run = base.refuse_streak(run, since, flags, indices, args, data)
-            means = (sums / max(1, done - since - sum(flags)) / world).tolist()
-            elapsed = time.time() - clock
-            seconds += elapsed
-            with autocast(), torch.no_grad():
-                latents = [(i, n, posterior(vae, x, seeded(0, 1, device), (i, n))[0], y) for i, n, x, y in held]
-            row = dict(step=done, **dict(zip(MEANS, means)), lr=args.lr * ramp, seconds=seconds, skipped=sum(flags))
-            row.update(held_out=base.held_out_loss(model, loss, latents, config, autocast, device))
-            row.update(images_per_s=(done - since) * args.batch_size / elapsed)
-            if rank == 0:
-                base.warned(lambda: base.append(log, row))
-            bar.set_postfix_str("L1 {l1:.4f} denoise {denoise:.4f} align {align:.4f}".format(**row))
-            sums.zero_()
-            skips.zero_()
-            since, clock = done, time.time()
-        stop = torch.tensor(len(base.caught))
-        if world > 1:  # all stop after the same step
-            dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)
-        stop = bool(stop) and done < args.steps
-        if stop:
-            seconds += time.time() - clock
-        pause = time.time()
-        if rank == 0 and (done % args.ckpt_every == 0 or done == args.steps or stop):
-            saved = base.warned(lambda: save(done))
-        if stop:
-            break
-        if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == args.steps):
-            base.warned(lambda: draw_all(done))
-        if rank == 0 and (done % args.ckpt_every == 0 or done == args.steps):
-            base.warned(lambda: base.plot(out))
-        clock += time.time() - pause
-    bar.close()
-    del feed
-    if world > 1:
-        dist.destroy_process_group()
-    if not saved:
-        raise SystemExit(f"train.py: step {done} could not be saved; {out}/last.pt, if there, is of an earlier step")
-    if stop:
-        if rank == 0:
-            print(f"stopped by a signal after step {done}, saved in {out}/last.pt; --resume --out {out} goes on")
-        raise SystemExit(base.STOPPED)
-    if rank == 0:
-        cfg = f" --cfg {args.sample_cfg:g}" if args.sample_cfg != 1 else ""
-        shown = f"{out}/samples and {out}/curves.png show" if args.sample_every else f"{out}/curves.png shows"
-        print(f"{shown} the run; next: python sample.py --ckpt {out}/last.pt{cfg}")
+    def stored(self, optimisers):
+        vae, disc = self.networks["vae"], self.networks["disc"]
+        return dict(vae=vae, discriminator=disc, opt_vae=optimisers["vae"], opt_disc=optimisers["disc"])
+
+    def facts(self):
+        config = {k: v for k, v in self.networks["vae"].config.items() if not k.startswith("_")}
+        return dict(vae_config=config, latent=self.job.latent[1])
+
+    @torch.no_grad()
+    def pictures(self):
+        """Rows of eight held-out images, and below each row what the VAE makes of it."""
+        vae, columns = self.networks["vae"], min(8, len(self.images))
+        images = self.images[: len(self.images) // columns * columns]
+        made = vae.decode(vae.encode(images).latent_dist.mean).sample
+        rows = [row for pair in zip(images.split(columns), made.split(columns)) for row in pair]
+        return dict(reconstructions=(torch.cat(rows), ["images", "reconstructed"] * (len(rows) // 2)))

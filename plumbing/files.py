@@ -1,0 +1,107 @@
+"""Files that are whole or not there, folders that one process holds, tensors read without executing anything."""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import sys
+import time
+import zipfile
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+
+def one_line(error):
+    """An error's text on one line, for a person."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # of a DataLoader's worker: what it said, without the name of the class
+        text = text.splitlines()[-1].partition(": ")[2]
+    text = " ".join(text.split())
+    if isinstance(error, KeyError) and isinstance(error.args[0], str):
+        return f"{text} is missing"
+    return text or type(error).__name__
+
+
+@contextmanager
+def mistakes(program, *kinds):
+    """A user's mistake, an error of `kinds` (ValueError and OSError by default), ends in one sentence and exit 2."""
+    try:
+        yield
+    except kinds or (ValueError, OSError) as error:
+        time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def write_whole(path, save):
+    """All of what save(file) writes or nothing under `path`: killed while writing, what was there before stays.
+
+    OSError where it does not fit on the disk.
+    """
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:  # torch.save has its own class for a full disk
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({one_line(e)[:200]})") from e
+    os.replace(f"{path}.tmp", path)
+
+
+def write_text(path, text):
+    write_whole(path, lambda f: f.write(text.encode()))
+
+
+def lock(folder):
+    """A context that holds `folder` for this process, however it ends. ValueError where another process holds it."""
+    try:
+        import fcntl
+    except ImportError:
+        print(f"warning: this system has no file locks; see that no second run writes to {folder}")
+        return nullcontext()
+    file = open(Path(folder) / ".lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers, unlike flock
+    except (BlockingIOError, PermissionError) as e:
+        file.close()
+        raise ValueError(f"another process is writing to {folder}: wait for it, or choose another name") from e
+    return file
+
+
+def hold_parts(parts, record, leave_out):
+    """Make the folder of unfinished work, or find that it is of the same settings, and hold it. ValueError if not.
+
+    The settings are those of record but for what is left out.
+    """
+    same = json.loads(json.dumps({k: v for k, v in record.items() if k not in leave_out}))  # tuples become lists
+    parts.mkdir(parents=True, exist_ok=True)
+    held = lock(parts)
+    if not {file.name for file in parts.iterdir()} - {"settings.json.tmp", ".lock"}:
+        write_text(parts / "settings.json", json.dumps(same))
+    try:
+        found = dict(json.loads((parts / "settings.json").read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        raise ValueError(f"{parts} holds no settings that can be read ({one_line(e)}): delete it") from e
+    for key in same:
+        if same[key] != found.get(key):
+            was = f"{key} {found.get(key)}, not {same[key]}"
+            raise ValueError(f"{parts} holds unfinished samples with {was}: delete it, or use another name")
+    return held
+
+
+def read_pt(path):
+    """What torch.save wrote to `path`, on the CPU, without executing anything in it. ValueError saying why not."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA's released files hold one
+            # the format before torch 1.6 is no zip, and cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as e:
+        name = re.search(r"GLOBAL ([\w.]+)", str(e))
+        why = f"; it would call {name[1]}" if name else ""
+        raise ValueError(f"{path} is refused: it is no file of tensors, or would run code when loaded{why}") from e
+    except Exception as e:  # the readers of zip, pickle and tensors raise anything on a damaged file
+        raise ValueError(f"{path} is damaged, or no file of tensors ({type(e).__name__}: {one_line(e)[:200]})") from e

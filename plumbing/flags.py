@@ -1,0 +1,75 @@
+"""Command lines from dataclasses: a field is a flag, its default the default, and the comment behind it the help.
+
+A comment on a line of its own is the heading of the flags below it.
+"""
+
+import argparse
+import inspect
+import re
+import typing
+from dataclasses import MISSING, fields, is_dataclass
+
+
+def comments_of(cls):
+    """-> {field: (heading, help)}, from the source of a dataclass and of those that it builds on."""
+    out = {}
+    for part in reversed([c for c in cls.__mro__ if is_dataclass(c)]):
+        heading = None
+        for line in inspect.getsource(part).splitlines():
+            if alone := re.fullmatch(r"    # (.*)", line):
+                heading = alone[1]
+            elif behind := re.fullmatch(r"    (\w+): .*?  # (.*)", line):
+                out[behind[1]] = heading, behind[2]
+    return out
+
+
+def or_none(kind):
+    """The parser of a flag that also takes the word none."""
+
+    def parse(text):
+        return None if text == "none" else kind(text)
+
+    parse.__name__ = f"{kind.__name__} or none"
+    return parse
+
+
+def takes_none(field):
+    return type(None) in typing.get_args(field.type)
+
+
+def add_flags(parser, cls, leave_out=(), defaults=None, title="", others={}):
+    """Add the fields of the dataclass `cls` as flags. What is not given does not turn up in the parsed namespace.
+
+    defaults: an instance of cls whose values --help shows; title: the heading of the fields that are under none;
+    others: {field: another name of its flag}.
+    """
+    comments, groups = comments_of(cls), {None: parser.add_argument_group(title) if title else parser}
+    for field in fields(cls):
+        if field.name in leave_out or field.name not in comments:
+            continue
+        heading, text = comments[field.name]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        default = getattr(defaults, field.name) if defaults else field.default
+        if not (default is None or default is False or default == "" or default is MISSING):
+            text += f" ({default[0]} {default[1]})" if isinstance(default, tuple) else f" ({default})"
+        how = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"), required=field.default is MISSING)
+        kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)]
+        if bool in (field.type, *kinds):
+            how.update(action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(field.type) is tuple:
+            how.update(nargs=2, type=float, metavar=("LO", "HI"))
+        else:
+            kind = kinds[0] if kinds else field.type
+            how.update(type=or_none(kind) if kinds else kind, metavar={int: "N", float: "X", str: "NAME"}[kind])
+        names = [field.name, *([others[field.name]] if field.name in others else [])]
+        groups[heading].add_argument(*[f"--{name.replace('_', '-')}" for name in names], dest=field.name, **how)
+
+
+def make_parser(program, description, usage="[flags], which --help lists"):
+    def style(prog):
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=120)
+
+    return argparse.ArgumentParser(
+        program, usage=f"%(prog)s {usage}", description=description, formatter_class=style, allow_abbrev=False
+    )

@@ -1,0 +1,59 @@
+"""A method by its name: irepa, repa and sit are settings of irepa.py, and each file of variants/ is another.
+
+A file of variants/ gives what it changes, under these names; what it does not define is irepa.py's:
+
+    Config      a dataclass, and Config.named(model, **fields); its fields are flags of train.py
+    model       model(config) -> network, with .config, .blocks, .projectors and the forward that loss and solve call
+    loss        loss(model, x, y, target, config, generator, part) -> dict of scalars: loss, denoise, align
+    Sampling    a dataclass; its fields are flags of sample.py
+    solve       solve(model, y, noise, generators, how) -> x like noise; how is a Sampling
+
+and, where it needs them, what irepa.py has not:
+
+    TRAINING    dict of settings of train.py that it changes in training; DEMO: likewise in its --demo
+    Learner     instead of train.Learner, where one network, one loss and one optimiser are not enough
+    check_run   check_run(run): ValueError where flags do not fit the method
+    released    released(weights, args) -> the Config fields of a released state dict, or None if it is not its own
+    stored_vae  stored_vae(checkpoint, model, device) -> (VAE, spec) that a checkpoint of it holds
+"""
+
+import importlib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Callable
+
+import irepa
+
+ALIGNMENTS = {"irepa": {}, "repa": irepa.REPA, "none": dict(projector=None)}
+OWN = {"irepa": "irepa", "repa": "repa", "sit": "none"}  # irepa.py's methods, by their alignment
+VARIANTS = Path(__file__).parent.parent / "variants"
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    Config: type
+    model: Callable
+    loss: Callable
+    Sampling: type
+    solve: Callable
+    TRAINING: dict = field(default_factory=dict)
+    DEMO: dict = field(default_factory=dict)
+    Learner: type | None = None
+    check_run: Callable = lambda run: None
+    released: Callable = lambda weights, args: None
+    stored_vae: Callable | None = None
+
+
+def method_names():
+    return [*OWN, *sorted(file.stem for file in VARIANTS.glob("*.py") if not file.stem.startswith("_"))]
+
+
+def method_named(name):
+    """-> Method. ValueError, with the list of what there is, for an unknown name."""
+    if name not in method_names():
+        raise ValueError(f"--method is one of {', '.join(method_names())}, not {name}")
+    module = irepa if name in OWN else importlib.import_module(f"variants.{name}")
+    needed = {key: getattr(irepa, key) for key in ("Config", "model", "loss", "Sampling", "solve")}
+    own = {f.name: getattr(module, f.name) for f in fields(Method) if f.name != "name" and hasattr(module, f.name)}
+    return Method(name, **(needed if name in OWN else {**needed, **own}))

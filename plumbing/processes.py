@@ -1,0 +1,147 @@
+"""The machine: devices, processes of one run, precision, signals."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from plumbing.files import one_line
+
+STOPPED = 75  # exit code after a signal: saved, start it again (EX_TEMPFAIL)
+
+
+def pick_device(name):
+    """torch.device for --device: 'auto' is this process's GPU, else MPS, else the CPU. ValueError if it is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name} cannot be used here: {one_line(e)}") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+# ---- Ranks ----
+
+
+def is_first():
+    """Whether this is the process that speaks and writes, also before the processes have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Ranks(NamedTuple):
+    """The processes of one run: this one's number, how many there are, and their group for tensors on the CPU."""
+
+    rank: int = 0
+    world: int = 1
+    cpu_group: object = None
+
+    def any(self, flag):
+        """Whether `flag` is true in any of them; each waits for the others' answer."""
+        found = torch.tensor(int(bool(flag)))
+        if self.world > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.cpu_group)
+        return bool(found)
+
+    def meet(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def part(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def start_ranks(device, minutes):
+    """-> Ranks; joins the process group when torchrun started us: nccl on GPUs, else gloo.
+
+    A process that waits for another longer than `minutes` gives up: torchrun sees one that dies, not one that hangs.
+    """
+    if "RANK" not in os.environ:
+        return Ranks()
+    nccl = device.type == "cuda" and dist.is_nccl_available()
+    dist.init_process_group("nccl" if nccl else "gloo", timeout=timedelta(minutes=minutes))
+    return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo") if nccl else None)
+
+
+# ---- Precision ----
+
+
+def fast_bf16(device):
+    """Whether bf16 is worth having: on GPUs, and on CPUs with instructions for it (others are 100 times slower)."""
+    if torch.device(device).type != "cpu":
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@contextmanager
+def mixed(device, bf16):
+    """Autocast to bf16, not to be nested. On a CPU attention is then plain matrix products, which round the scores to
+    bf16: forward and backward of the fused kernel take twice as long on 256 tokens, three times on 64."""
+    plain = bf16 and device.type == "cpu"
+    kernel = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # not only of CUDA, in spite of its name
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16), kernel:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(plain or before)
+        try:
+            yield
+        finally:
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+def compile_blocks(model, wanted):
+    """torch.compile the blocks of a transformer: one compilation serves all. wanted None: on GPUs only."""
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    if wanted or (wanted is None and on_gpu):
+        for block in model.blocks:
+            block.compile()
+
+
+# ---- Signals ----
+
+
+@contextmanager
+def noted_signals():
+    """-> a list to which the first SIGTERM or SIGINT is added; a second one ends the process at once."""
+    noted = []
+
+    def note(number, _):
+        noted.append(number)
+        signal.signal(number, before[number])
+
+    atexit.register(kill_workers)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker):
+    """Workers leave signals to the process that they serve: it still wants their batches."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers():
+    """When a run ends early: multiprocessing would ask them by a signal that they ignore, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()

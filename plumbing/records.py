@@ -1,0 +1,168 @@
+"""What a run leaves behind: log rows, curves, grids of images, versions."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from plumbing.files import one_line, write_text, write_whole
+
+PATIENCE = 5  # non-finite steps in a row that end a run
+
+
+class Meter:
+    """Sums what steps report, on their device, so that nobody waits for a GPU until a row is due."""
+
+    def __init__(self, step, seconds, world, images_of):
+        """step, seconds: where a resumed run goes on; images_of(step) names the images of a step."""
+        self.since, self.seconds, self.world, self.images_of = step, seconds, world, images_of
+        self.sums, self.skips, self.streak, self.last, self.clock = None, [], 0, seconds, time.time()
+
+    def add(self, terms, skipped):
+        """terms: dict of scalars; skipped: 1. where the step was not applied, and counts in no mean."""
+        terms = {k: torch.where(skipped > 0, 0, v.detach()) for k, v in terms.items()}
+        self.sums = {k: self.sums[k] + v for k, v in terms.items()} if self.sums else terms
+        self.skips.append(skipped)
+
+    def row(self, images):
+        """-> the means since the last row, over all processes; `images` is how many a step sees.
+
+        FloatingPointError, with the images of the first of them, at PATIENCE non-finite steps in a row.
+        """
+        flags, steps = torch.stack(self.skips).bool().tolist(), len(self.skips)
+        sums = torch.stack([*self.sums.values()])
+        if self.world > 1:
+            dist.all_reduce(sums)
+        self.refuse_streak(flags)
+        means = (sums / max(1, steps - sum(flags)) / self.world).tolist()
+        self.seconds += time.time() - self.clock
+        self.clock = time.time()
+        row = dict(step=self.since + steps, **dict(zip(self.sums, means)), skipped=sum(flags), seconds=self.seconds)
+        row["images_per_s"] = steps * images / (self.seconds - self.last)
+        self.since, self.last, self.sums, self.skips = self.since + steps, self.seconds, None, []
+        return row
+
+    def refuse_streak(self, flags):
+        for step, skipped in enumerate(flags, start=self.since):
+            self.streak = self.streak + 1 if skipped else 0
+            if self.streak == PATIENCE:
+                first = step - PATIENCE + 1
+                names = self.images_of(first)
+                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+                raise FloatingPointError(
+                    f"loss or gradient was not finite in {PATIENCE} steps in a row from step {first} on; none of them"
+                    f" was applied, and the checkpoints are clean. The first of them saw {', '.join(names[:8])}{more}"
+                )
+
+    @contextmanager
+    def paused(self):
+        """What is not training stays out of the seconds and of the images/s."""
+        self.seconds += time.time() - self.clock
+        yield
+        self.clock = time.time()
+
+
+# ---- The log ----
+
+
+def open_log(out, record, resumed):
+    """Write the run's settings, cut the log to the `resumed` step (None: a new run) -> the log's path."""
+    name = "config.json" if resumed is None else f"config-from-step-{resumed}.json"
+    write_text(out / name, json.dumps(record, indent=1) + "\n")
+    log = out / "log.jsonl"
+    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+    # later ones come again, and a half-written one
+    kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= (resumed or 0)]
+    write_text(log, "".join(kept))
+    return log
+
+
+def append(log, row):
+    with open(log, "a") as f:
+        f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+
+def warned(write):
+    """write(), and whether it could: a full disk must not end a run that can still train."""
+    try:
+        write()
+    except OSError as e:
+        tqdm.write(f"warning: {one_line(e)}; training goes on", file=sys.stderr)
+        return False
+    return True
+
+
+def progress(total, done, first):
+    """The bar of a run; in a file, a line each half minute."""
+    often = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(total=total, initial=done, disable=not first, unit="step", mininterval=often)
+
+
+def versions():
+    """What a result depends on besides its settings."""
+    folder = Path(__file__).parent.parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+    inside = git.returncode == 0 and (folder / ".git").exists()
+    return dict(
+        git_commit=git.stdout.strip() if inside else None,
+        torch=str(torch.__version__),
+        numpy=np.__version__,
+        python=sys.version.split()[0],
+    )
+
+
+# ---- Pictures ----
+
+
+def plot(out):
+    """out/log.jsonl -> out/curves.png."""
+    import matplotlib  # late: a second that sampling need not wait for
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    steps = [row["step"] for row in rows]
+    for axis, names in zip(axes, (("denoise", "held_out"), ("align",))):
+        for name in names:
+            axis.plot(steps, [row[name] for row in rows], label=name.replace("_", "-"))
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set(ylabel="mean squared error of the velocity", yscale="log")
+    axes[1].set(ylabel="minus the mean cosine to the teacher")
+    write_whole(out / "curves.png", lambda f: figure.savefig(f, format="png", dpi=120))
+    plt.close(figure)
+
+
+def to_uint8(x):
+    """[-1, 1] -> uint8, rounded: truncation, as in the released code, darkens by half a grey level."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images, names, path):
+    """Write uint8 [rows * columns, 3, H, W] as a PNG with names[row] before each row, enlarged to be seen."""
+    images = images.permute(0, 2, 3, 1).cpu().numpy()
+    rows, side = len(names), images.shape[1]
+    columns, zoom = len(images) // rows, max(1, 96 // side)
+    cell, font = side * zoom + 4, ImageFont.load_default(size=16)
+    margin = int(max(font.getlength(name) for name in names)) + 16
+    grid = Image.new("RGB", (margin + columns * cell, rows * cell), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, image in enumerate(images):
+        tile = Image.fromarray(image).resize((side * zoom, side * zoom), Image.Resampling.NEAREST)
+        grid.paste(tile, (margin + i % columns * cell, i // columns * cell + 2))
+    for row, name in enumerate(names):
+        draw.text((8, (row + 0.5) * cell), name, fill="black", font=font, anchor="lm")
+    os.makedirs(Path(path).parent, exist_ok=True)
+    write_whole(path, lambda f: grid.save(f, "PNG"))

@@ -1,0 +1,200 @@
+"""Every knob of train.py once: the run's own in Run, the network's and the loss's in the Config of the method.
+
+What the user writes wins over the settings of a resumed run, these over a preset, a preset over a default. Presets are
+dicts over the knobs: what --align means, what a method changes in training, and --demo.
+"""
+
+import argparse
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from inputs.latents import Source, settle_vae
+from plumbing.checkpoints import read_last
+from plumbing.files import one_line
+from plumbing.flags import add_flags, make_parser, takes_none
+from plumbing.methods import ALIGNMENTS, OWN, method_named, method_names
+
+# the data, the VAE and the teacher say what these are
+FOUND = ("input_size", "in_channels", "num_classes", "encoder_dim")
+
+# --demo; drawn shapes take the place of --data
+DEMO = dict(
+    image_size=32, model="SiT-S/4", hidden_size=192, depth=4, num_heads=3, encoder_depth=2, batch_size=32, steps=1800,
+    lr=2e-3, warmup=100, lr_schedule="cosine", ema=0.998, ema_warmup=True, log_every=50, sample_every=600,
+    ckpt_every=600, sample_cfg=3.0, out="runs/demo",
+)  # fmt: skip
+
+
+@dataclass
+class Run(Source):
+    """The run's own knobs. The defaults are the paper's setting."""
+
+    # method
+    method: str = "irepa"  # irepa: conv, spatial norm; repa: mlp; sit: none; or a file of variants/
+    align: str = "irepa"  # how the method is aligned: irepa, repa or none
+    model: str = "SiT-XL/2"  # size and patch, as in SiT-{S,B,L,XL}/{1,2,4,8}
+    # teacher
+    encoder: str = "hog"  # hog or sift (no weights), a name that python -m inputs.teachers lists, timm:<any ViT>
+    encoder_weights: str | None = None  # local file instead of a download; 'random' is for tests only
+    # data
+    demo: bool = False  # a preset: drawn shapes and a small model, minutes on two CPU cores
+    workers: int | None = None  # decoding processes a rank; by default none where images are kept in memory
+    # latents
+    latents: str | None = None  # cache of --data's latents; without it the VAE encodes in each step, slowly
+    # optimisation
+    steps: int = 400_000  # optimiser steps
+    batch_size: int = 256  # global: over all processes and accumulated parts
+    accumulate: int = 1  # parts a process's share of the batch is split into
+    lr: float = 1e-4  # AdamW, first beta 0.9, no weight decay
+    beta2: float = 0.999  # second beta of AdamW
+    warmup: int = 0  # steps of linear warm-up of the learning rate
+    lr_schedule: str = "constant"  # after the warm-up: constant or cosine
+    clip: float | None = 1.0  # gradient norm, or none
+    ema: float = 0.9999  # decay of the moving average of the weights, a step
+    ema_warmup: bool = False  # let the decay rise to --ema as (1 + step) / (10 + step)
+    seed: int = 0  # of weights, data order, noise, times and label drops
+    precision: str = "auto"  # auto, bf16 or fp32; auto is bf16 autocast where it is fast
+    # run
+    out: str = ""  # folder for this run, which must not exist; default: runs/METHOD-MODEL
+    resume: bool = False  # continue from OUT/last.pt with its settings; flags given still win
+    log_every: int = 100  # steps
+    ckpt_every: int = 10_000  # steps
+    keep: int = 2  # newest checkpoints kept by number, step-N.pt, beside last.pt
+    sample_every: int = 10_000  # steps between grids of samples; 0 is never
+    sample_cfg: float = 1.0  # guidance scale of the grids; 1 is none
+    compile: bool | None = None  # torch.compile the blocks; default: on GPUs
+    network: dict = field(default_factory=dict)  # the fields of the method's Config that are not as --model has them
+
+    def record(self):
+        """Every setting by its flag's name."""
+        own = asdict(self)
+        return {**own, **own.pop("network")}
+
+
+def resolve(argv=None, description=None):
+    """argv -> (Run, its Method, the checkpoint to resume from or None). ValueError or OSError for what does not fit."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("method", "model", "out"):
+        first.add_argument(f"--{name}")
+    for name in ("demo", "resume"):
+        first.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
+    early = first.parse_known_args(argv)[0]
+    method = method_named(early.method or "irepa")
+    model = early.model or method.TRAINING.get("model", Run.model)
+    demo = {**DEMO, **method.DEMO} if early.demo else {}
+    out = Path(early.out or demo.get("out") or f"runs/{method.name}-{model.replace('/', '-')}")
+    saved, checkpoint = saved_settings(out) if early.resume else ({}, None)
+    if "method" in saved and not early.method:
+        if saved["method"] not in method_names():
+            raise ValueError(f"{out} was trained with --method {saved['method']}, which is not there any more")
+        method = method_named(saved["method"])
+    given = vars(parser_of(method, model, description).parse_args(argv))
+    if demo and "data" in given:
+        raise ValueError("--demo draws its own images: leave --data out, or --demo")
+    if demo and "model" in given:  # a size asked for by name is that size
+        demo = {k: v for k, v in demo.items() if k not in ("hidden_size", "depth", "num_heads", "encoder_depth")}
+    elif demo:
+        demo["encoder_depth"] = max(1, min(demo["encoder_depth"], given.get("depth", demo["depth"])))
+    align = OWN.get(method.name) or given.get("align") or saved.get("align", "irepa")
+    if align not in ALIGNMENTS:
+        raise ValueError(f"--align is one of {', '.join(ALIGNMENTS)}, not {align}")
+    preset = {**ALIGNMENTS[align], **method.TRAINING, "align": align}
+    kinds = {f.name: f for f in (*fields(Run), *fields(method.Config)) if f.name not in (*FOUND, "network")}
+    saved = {k: None if v == "none" and takes_none(kinds[k]) else v for k, v in saved.items() if k in kinds}
+    saved = {k: v for k, v in saved.items() if v is not None or takes_none(kinds[k])}  # older runs wrote None for unset
+    merged = {**preset, **demo, **saved, **given, "method": method.name, "out": str(out)}
+    own = {f.name for f in fields(Run)}
+    run = Run(**{k: v for k, v in merged.items() if k in own})
+    run.network = {k: v for k, v in merged.items() if k not in own}
+    if run.demo and "vae" not in merged:
+        run.vae = None
+    settle_vae(run)
+    check(run, method)
+    if checkpoint and checkpoint["step"] >= run.steps:
+        raise ValueError(f"{out} is at step {checkpoint['step']} already, and --steps is {run.steps}: nothing to do")
+    return run, method, checkpoint
+
+
+def parser_of(method, model, description):
+    """The command line of train.py with the knobs of one method."""
+    parser = make_parser("train.py", description)
+    preset = {k: v for k, v in method.TRAINING.items() if k in Run.__annotations__ or k in Source.__annotations__}
+    add_flags(
+        parser,
+        Run,
+        leave_out=["network", "align"] if method.name in OWN else ["network"],
+        defaults=replace(Run(), **preset),
+    )
+    network = method.Config.named(model, **ALIGNMENTS[OWN.get(method.name, "irepa")])
+    title = f"network and loss of --method {method.name}, with the sizes of {model}"
+    add_flags(parser, method.Config, leave_out=FOUND, defaults=network, title=title)
+    return parser
+
+
+def saved_settings(out):
+    """-> (the settings of the run in `out`, its checkpoint or None where it was stopped before the first)."""
+    if not out.is_dir():
+        raise FileNotFoundError(f"--resume: {out} does not exist; name the run with --out, or leave --resume out")
+    if (out / "last.pt").exists():
+        checkpoint = read_last(out)
+        return checkpoint["settings"], checkpoint
+    if not (out / "config.json").exists():
+        raise FileNotFoundError(f"--resume: {out} holds no run of train.py (neither last.pt nor config.json)")
+    try:
+        return dict(json.loads((out / "config.json").read_text())), None
+    except (ValueError, TypeError) as e:
+        why = f"{out}/config.json is damaged ({one_line(e)}), and there is no checkpoint: delete {out}"
+        raise ValueError(why) from e
+
+
+def check(run, method):
+    """ValueError, naming the flag, where a setting is out of range or does not go with another."""
+    positive = "image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
+    finite = "sample_cfg warmup workers keep sample_every seed".split()
+    for name in (*positive, *finite, *run.network):
+        value, flag = getattr(run, name, run.network.get(name)), f"--{name.replace('_', '-')}"
+        if name in positive and value is not None and not 0 < value < math.inf:  # --clip none
+            raise ValueError(f"{flag} must be positive, not {value}")
+        if isinstance(value, (int, float)) and not math.isfinite(value):
+            raise ValueError(f"{flag} must be finite, and is {value}")
+        if name in finite and isinstance(value, int) and value < 0:
+            raise ValueError(f"{flag} must not be negative, and is {value}")
+    if run.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2^63, not {run.seed}")
+    if not all(0 <= share < 1 for share in (run.ema, run.beta2, run.network.get("class_dropout", 0))):
+        raise ValueError("--class-dropout, --ema and --beta2 lie in [0, 1)")
+    for name, choices in dict(precision=("auto", "bf16", "fp32"), lr_schedule=("constant", "cosine")).items():
+        if getattr(run, name) not in choices:
+            raise ValueError(f"--{name.replace('_', '-')} is {' or '.join(choices)}, not {getattr(run, name)}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if run.batch_size % (world * run.accumulate):
+        raise ValueError(
+            f"--batch-size {run.batch_size} does not divide by {world} processes x --accumulate {run.accumulate}"
+        )
+    if run.latents and run.vae is None:
+        raise ValueError("--latents goes with a --vae, and with images from 128 px up")
+    if run.vae == "tiny" and method.Learner is None:
+        raise ValueError("--vae tiny starts untrained: it is for a --method that trains its VAE")
+    if run.sample_cfg != 1 and not hasattr(method.Sampling(), "cfg"):
+        raise ValueError(f"--method {method.name} has no --sample-cfg: its guidance is trained in")
+    method.check_run(run)
+
+
+def network_config(run, method, spec=None, num_classes=1000, encoder_dim=1):
+    """The method's Config that the flags ask for, on latents of `spec`. ValueError where they do not fit together."""
+    factor, channels = (spec["factor"], spec["channels"]) if spec else (8, 4) if run.vae else (1, 3)
+    if run.image_size % factor:
+        raise ValueError(f"--image-size {run.image_size} is not a multiple of the VAE's factor {factor}")
+    found = dict(input_size=run.image_size // factor, in_channels=channels)
+    found.update(num_classes=num_classes, encoder_dim=encoder_dim)
+    config = method.Config.named(run.model, **found, **run.network)
+    tokens = (config.input_size // config.patch_size) ** 2
+    if tokens > 4096:
+        raise ValueError(
+            f"{run.model} on {run.image_size}-px images has {tokens} tokens: leave --vae none out, or choose a larger"
+            " patch or smaller images, such as --model SiT-S/4 --image-size 32"
+        )
+    return config
