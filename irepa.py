@@ -432,8 +432,7 @@ def check_network(c):
         check(getattr(c, name) > 0, f"{name} must be positive, not {getattr(c, name)}")
     check(c.input_size % c.patch_size == 0, f"input_size {c.input_size} is not a multiple of patch_size {c.patch_size}")
     check(c.projector in ("conv", "mlp", "linear", None), f"projector is conv, mlp, linear or none, not {c.projector}")
-    inside = c.projector is None or 1 <= c.encoder_depth <= c.depth
-    check(inside, f"encoder_depth {c.encoder_depth} is not among the {c.depth} blocks")
+    check(not c.projector or 1 <= c.encoder_depth <= c.depth, f"encoder_depth {c.encoder_depth} is not in 1..{c.depth}")
     check(c.kernel_size % 2 == 1, f"kernel_size {c.kernel_size} must be odd, to keep the token grid")
 
 

@@ -30,10 +30,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from inputs.latents import decode, load_vae, same_spec
+from inputs.latents import Latents, decode, load_vae, same_spec
 from irepa import Sampling, guided, randn, sample_ode, sample_sde, seeded, solve
 from plumbing.checkpoints import load_checkpoint, open_checkpoint
-from plumbing.files import hold_parts, mistakes, write_text, write_whole
+from plumbing.files import hold_unfinished, mistakes, write_text, write_whole
 from plumbing.flags import add_flags, make_parser
 from plumbing.methods import Method, method_named
 from plumbing.processes import compile_blocks, device_name, is_first, pick_device, start_ranks
@@ -73,7 +73,7 @@ class Opened(NamedTuple):
     how: object  # the method's Sampling
     file: dict  # what the checkpoint's file holds
     device: torch.device
-    latent: tuple | None = None  # (VAE, spec) of a model of latents
+    latent: Latents | None = None  # of a model of latents
 
 
 # ---- Images by their numbers ----
@@ -113,13 +113,13 @@ def choose_labels(wanted, indices, num_classes, seed):
 
 def read_flags(argv):
     """-> (Asked, Opened), the VAE yet to be found; ValueError for what does not fit."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--ckpt")
-    first.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True)
-    early = first.parse_known_args(argv)[0]
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of the flags that say which others there are
+    early.add_argument("--ckpt")
+    early.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True)
+    chosen = early.parse_known_args(argv)[0]
     model, method, file = None, method_named("irepa"), {}
-    if early.ckpt:
-        model, _, method, file = open_checkpoint(early.ckpt, early.ema, projector=None)
+    if chosen.ckpt:
+        model, _, method, file = open_checkpoint(chosen.ckpt, chosen.ema, projector=None)
     parser = make_parser("sample.py", __doc__, "--ckpt FILE [flags], which --help lists")
     # torchrun takes a bare --num for an abbreviation of an option of its own: hence the longer name
     add_flags(parser, Asked, others=dict(num="num_images"))
@@ -147,7 +147,7 @@ def read_flags(argv):
 
 
 def find_vae(asked, opened):
-    """(VAE, spec) that turns the samples into images; None for a model of pixels. ValueError where they do not fit."""
+    """The Latents that turn samples into images; None for a model of pixels. ValueError where they do not fit."""
     config, spec, ckpt = opened.model.config, opened.file.get("latent"), asked.ckpt
     if opened.method.stored_vae:
         if asked.vae != "" or asked.vae_weights or asked.latent_stats:
@@ -169,7 +169,7 @@ def find_vae(asked, opened):
         same_spec(found, spec, ckpt)
     if found["channels"] != config.in_channels:
         raise ValueError(f"{ckpt} makes {config.in_channels} channels, --vae {name} takes {found['channels']}")
-    return vae, found
+    return Latents(vae, found)
 
 
 def plan_grid(asked, opened):
@@ -221,12 +221,12 @@ def write_npz(path, chunks, shape, labels):
 # ---- Sample ----
 
 
-def sample_batches(asked, opened, ranks, target, parts):
-    """Draw this process's batches -> the files of all of them: chunks in `parts`, or PNGs in the folder `target`."""
+def sample_batches(asked, opened, ranks, target, unfinished):
+    """Draw this process's batches, as PNGs into `target` or as chunks into `unfinished` -> the files of all chunks."""
     model, method, how, _, device, latent = opened
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=asked.precision == "bf16")
     batches = [range(i, min(i + asked.batch_size, asked.num)) for i in range(0, asked.num, asked.batch_size)]
-    chunks = [parts / f"{batch[0]:08d}.npy" for batch in batches]
+    chunks = [unfinished / f"{batch[0]:08d}.npy" for batch in batches]
     mine = list(zip(batches, chunks))[ranks.rank :: ranks.world]
     todo = [(batch, chunk) for batch, chunk in mine if not is_whole(chunk, len(batch))]
     with tqdm(total=sum(len(batch) for batch, _ in todo), unit="img", desc="sampling", disable=ranks.rank > 0) as bar:
@@ -235,7 +235,7 @@ def sample_batches(asked, opened, ranks, target, parts):
             with autocast:
                 x = generate(model, labels, indices, asked.seed, method.solve, how)
             if latent:
-                x = decode(latent[0], x, latent[1])
+                x = decode(latent.vae, x, latent.spec)
                 if not torch.isfinite(x).all():
                     raise FloatingPointError(f"the VAE's images {indices[0]} to {indices[-1]} are not finite")
             images = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
@@ -248,7 +248,7 @@ def sample_batches(asked, opened, ranks, target, parts):
     return chunks
 
 
-def write_samples(asked, opened, target, parts, rows, record):
+def write_samples(asked, opened, target, unfinished, rows, record):
     """The images of this process, batch by batch; the first process then makes one file of them, and the JSON."""
     ranks = start_ranks(opened.device, minutes=24 * 60)  # the first to finish waits for the last
     torch.set_float32_matmul_precision("high" if asked.precision == "tf32" else "highest")
@@ -257,22 +257,22 @@ def write_samples(asked, opened, target, parts, rows, record):
     if asked.out_dir and is_first():
         target.mkdir(parents=True, exist_ok=True)
     ranks.meet()  # the folder is there
-    chunks = sample_batches(asked, opened, ranks, target, parts)
+    chunks = sample_batches(asked, opened, ranks, target, unfinished)
     ranks.meet()
     if is_first():
         labels = choose_labels(asked.labels, range(asked.num), opened.model.config.num_classes, asked.seed)
         if asked.npz:
-            whole = parts / "whole.npz"
+            whole = unfinished / "whole.npz"
             write_npz(whole, chunks, (asked.num, *np.load(chunks[0]).shape[1:]), labels.numpy())
         elif not asked.out_dir:
-            whole, pixels = parts / "whole.png", np.concatenate([np.load(chunk) for chunk in chunks])
+            whole, pixels = unfinished / "whole.png", np.concatenate([np.load(chunk) for chunk in chunks])
             save_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2), rows, whole)
         record.update(processes=ranks.world, device=device_name(opened.device))
         record["labels_of_images"] = labels.tolist() if asked.out_dir else None
         write_text(json_beside(target), json.dumps({**record, **versions()}, indent=1) + "\n")
         if not asked.out_dir:  # last, so that what bears the name is complete
             os.replace(whole, target)
-            shutil.rmtree(parts)
+            shutil.rmtree(unfinished)
         print(f"{asked.num} images in {target}, every setting in {json_beside(target)}")
     ranks.part()
 
@@ -284,20 +284,22 @@ def main(argv=None):
         target, rows = Path(asked.npz or asked.out_dir or ""), None
         if not (asked.npz or asked.out_dir):
             asked, target, rows = plan_grid(asked, opened)
-        parts = Path(f"{target}.parts")
+        unfinished = Path(f"{target}.parts")
         # a run killed at its very end may have left the JSON, and comes for the rest
-        for out in (target, *([] if parts.exists() else [json_beside(target)])):
+        for out in (target, *([] if unfinished.exists() else [json_beside(target)])):
             if out.exists():
                 raise ValueError(f"{out} exists and is left as it is; choose another name")
         with open(asked.ckpt, "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         record = {**asdict(asked), **asdict(opened.how), "config": asdict(opened.model.config)}
         record.update(step=opened.file.get("step", opened.file.get("steps")), checkpoint_sha256=digest)
-        record.update(latent=opened.latent and opened.latent[1])
+        record.update(latent=opened.latent and opened.latent.spec)
         # one process looks: another may already have begun to write
-        held = hold_parts(parts, record, leave_out=PATHS) if is_first() and not asked.out_dir else nullcontext()
-    with held, mistakes("sample.py", FloatingPointError, OSError):
-        write_samples(asked, opened, target, parts, rows, record)
+        folder_lock = (
+            hold_unfinished(unfinished, record, leave_out=PATHS) if is_first() and not asked.out_dir else nullcontext()
+        )
+    with folder_lock, mistakes("sample.py", FloatingPointError, OSError):
+        write_samples(asked, opened, target, unfinished, rows, record)
 
 
 if __name__ == "__main__":

@@ -88,10 +88,10 @@ def feed(job, indices, start, ranks):
         worker_init_fn=ignore_signals,
     )
     for n, batch in enumerate(loader):
-        yield (ranks.rank + n % run.accumulate * ranks.world, parts), *on(job.device, batch)
+        yield (ranks.rank + n % run.accumulate * ranks.world, parts), *to_device(job.device, batch)
 
 
-def on(device, batch):
+def to_device(device, batch):
     """(images or None, labels, moments or None) of a batch, on the device."""
     images, labels, moments = (*batch, None)[:3]
     return (a if a is None else a.to(device, non_blocking=True) for a in (images, labels, moments))
@@ -115,10 +115,9 @@ class Learner:
         """What the network sees, [B, C, H, W]: pixels in [-1, 1], or a sample of the VAE's posterior of the images."""
         if self.job.latent is None:
             return images.float() / 127.5 - 1
-        vae, spec = self.job.latent
-        moments = encode(vae, images) if moments is None else moments
-        noise = draws(moments, generator, part)(torch.randn, spec["channels"], *moments.shape[2:])
-        return to_latent(moments, noise, spec)
+        moments = encode(self.job.latent.vae, images) if moments is None else moments
+        noise = draws(moments, generator, part)(torch.randn, moments.shape[1] // 2, *moments.shape[2:])
+        return to_latent(moments, noise, self.job.latent.spec)
 
     def held_out(self, images, moments, part):
         """-> a function that gives what the network sees of held-out images, always with the same noise."""
@@ -141,7 +140,7 @@ class Learner:
         return terms
 
     def decoder(self, ema):
-        """(VAE, spec) that makes images of the average's samples, or None."""
+        """The Latents that make images of the average's samples, or None."""
         return self.job.latent
 
     def stored(self, optimisers):
@@ -150,7 +149,7 @@ class Learner:
 
     def facts(self):
         """Plain values that a checkpoint holds besides."""
-        return dict(latent=self.job.latent[1] if self.job.latent else None)
+        return dict(latent=self.job.latent.spec if self.job.latent else None)
 
     def pictures(self):
         """What is drawn beside the grid of samples: {file name: (images in [-1, 1], names of the rows)}."""
@@ -214,14 +213,14 @@ def without_projector(model):
 
 
 @torch.no_grad()
-def held_out_loss(held, learner):
+def held_out_loss(unseen, learner):
     """Denoising loss over the held-out chunks with fixed noise and times, comparable between runs of one recipe.
 
-    held: (part, function giving x, labels) of this process's chunks.
+    unseen: (part, function giving x, labels) of this process's chunks.
     """
     job, model = learner.job, learner.networks["model"].eval()
     total = torch.zeros(2, device=job.device)
-    for part, x, labels in held:
+    for part, x, labels in unseen:
         with job.autocast(), without_projector(model):
             losses = job.method.loss(model, x(), labels, None, job.config, generator=seeded(0, 0), part=part)
         total += torch.stack([losses["denoise"], torch.ones_like(losses["denoise"])])
@@ -241,7 +240,7 @@ def draw(ema, learner, folder, step):
     with without_projector(ema):
         x = generate(ema, labels, range(len(labels)), 0, job.method.solve, how)
     latent = learner.decoder(ema)
-    save_grid(to_uint8(decode(latent[0], x, latent[1]) if latent else x), names, folder / f"step-{step:07d}.png")
+    save_grid(to_uint8(decode(latent.vae, x, latent.spec) if latent else x), names, folder / f"step-{step:07d}.png")
     for name, (images, rows) in learner.pictures().items():
         save_grid(to_uint8(images), rows, folder / f"{name}-{step:07d}.png")
 
@@ -264,15 +263,15 @@ def train(job, signals):
     stored = dict(model=model, ema=ema, opt=optimisers["model"], **learner.stored(optimisers))
     start, seconds = 0, 0.0
     if job.checkpoint:
-        for name, part in stored.items():
-            part.load_state_dict(job.checkpoint[name])
+        for name, entry in stored.items():
+            entry.load_state_dict(job.checkpoint[name])
         start, seconds = job.checkpoint["step"], job.checkpoint["seconds"]
     compile_blocks(model, run.compile)
 
-    held = []
+    unseen = []
     for i, chunk in list(enumerate(chunks))[ranks.rank :: ranks.world]:
-        images, labels, moments = on(job.device, job.data[chunk])
-        held.append(((i, len(chunks)), learner.held_out(images, moments, (i, len(chunks))), labels))
+        images, labels, moments = to_device(job.device, job.data[chunk])
+        unseen.append(((i, len(chunks)), learner.held_out(images, moments, (i, len(chunks))), labels))
     log = begin_log(job, networks, ranks, start, len(indices)) if first else None
     saved = True
     meter = Meter(start, seconds, ranks.world, lambda step: names_of(job.data, batch_at(step, indices, run, {})))
@@ -290,7 +289,7 @@ def train(job, signals):
         if done % run.log_every == 0 or last:
             row = dict(meter.row(run.batch_size), lr=rate)
             with meter.paused():
-                row["held_out"] = held_out_loss(held, learner)
+                row["held_out"] = held_out_loss(unseen, learner)
                 if first:
                     warned(lambda: append(log, row))
                 shown = "loss {loss:.4f} denoise {denoise:.4f} align {align:.4f} held-out {held_out:.4f}"
@@ -298,7 +297,7 @@ def train(job, signals):
         if first:
             with meter.paused():
                 if done % run.ckpt_every == 0 or last or stop:
-                    state = {name: part.state_dict() for name, part in stored.items()}
+                    state = {name: entry.state_dict() for name, entry in stored.items()}
                     state.update(learner.facts(), config=asdict(job.config), settings=run.record(), step=done)
                     state.update(classes=job.data.classes, images=len(job.data), processes=ranks.world)
                     saved = warned(lambda: save_checkpoint(out, {**state, "seconds": meter.seconds}, run.keep))
@@ -327,7 +326,7 @@ def finish(job, done, stop, saved):
     if is_first():
         flags = f" --cfg {run.sample_cfg:g}" if run.sample_cfg != 1 else ""
         if latent and not job.method.stored_vae:
-            flags += f" --vae {run.vae}" if latent[1]["vae"] == "local" else ""
+            flags += f" --vae {run.vae}" if latent.spec["vae"] == "local" else ""
             flags += f" --vae-weights {run.vae_weights}" if run.vae_weights else ""
         shown = f"{out}/samples and {out}/curves.png show" if run.sample_every else f"{out}/curves.png shows"
         print(f"{shown} the run; next: python sample.py --ckpt {out}/last.pt{flags}")
@@ -336,8 +335,8 @@ def finish(job, done, stop, saved):
 def main(argv=None):
     with mistakes("train.py"):
         job = open_job(argv, __doc__)
-        held = hold_folder(Path(job.run.out), job.run.resume) if is_first() else nullcontext()
-    with held, noted_signals() as signals, mistakes("train.py", BrokenImage, FloatingPointError):
+        folder_lock = hold_folder(Path(job.run.out), job.run.resume) if is_first() else nullcontext()
+    with folder_lock, noted_signals() as signals, mistakes("train.py", BrokenImage, FloatingPointError):
         train(job, signals)
 
 

@@ -18,6 +18,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,8 +65,15 @@ class Source:
 # ---- The pair ----
 
 
+class Latents(NamedTuple):
+    """What makes latents of images, and images of latents."""
+
+    vae: object  # AutoencoderKL of diffusers
+    spec: dict  # what a latent of it means
+
+
 def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
-    """-> (AutoencoderKL of diffusers, spec). name: one of VAES, a diffusers folder, a file of the release, or tiny.
+    """-> Latents. name: one of VAES, a diffusers folder, a file of the release, or tiny.
 
     weights: "random" (tests only); stats: a .pt with latents_scale and latents_bias. ValueError where it cannot be had.
     """
@@ -115,7 +123,7 @@ def load_vae(name, weights=None, stats=None, device="cpu", bf16=False):
     )
     spec.update(bias=bias, factor=2 ** (len(vae.config.block_out_channels) - 1))
     vae = vae.eval().requires_grad_(False).to(device)
-    return (vae.bfloat16() if bf16 else vae), spec
+    return Latents(vae.bfloat16() if bf16 else vae, spec)
 
 
 def tensors(path):
@@ -195,7 +203,7 @@ def settle_vae(source):
 
 
 def open_vae(source, device):
-    """(VAE, spec) as the flags ask for it; None for pixels."""
+    """The Latents that the flags ask for; None for pixels."""
     if source.vae is None:
         return None
     if source.vae_weights and is_first():

@@ -72,24 +72,24 @@ def lock(folder):
     return file
 
 
-def hold_parts(parts, record, leave_out):
+def hold_unfinished(folder, record, leave_out):
     """Make the folder of unfinished work, or find that it is of the same settings, and hold it. ValueError if not.
 
     The settings are those of record but for what is left out.
     """
     same = json.loads(json.dumps({k: v for k, v in record.items() if k not in leave_out}))  # tuples become lists
-    parts.mkdir(parents=True, exist_ok=True)
-    held = lock(parts)
-    if not {file.name for file in parts.iterdir()} - {"settings.json.tmp", ".lock"}:
-        write_text(parts / "settings.json", json.dumps(same))
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder)
+    if not {file.name for file in folder.iterdir()} - {"settings.json.tmp", ".lock"}:
+        write_text(folder / "settings.json", json.dumps(same))
     try:
-        found = dict(json.loads((parts / "settings.json").read_text()))
+        found = dict(json.loads((folder / "settings.json").read_text()))
     except (OSError, ValueError, TypeError) as e:
-        raise ValueError(f"{parts} holds no settings that can be read ({one_line(e)}): delete it") from e
+        raise ValueError(f"{folder} holds no settings that can be read ({one_line(e)}): delete it") from e
     for key in same:
         if same[key] != found.get(key):
             was = f"{key} {found.get(key)}, not {same[key]}"
-            raise ValueError(f"{parts} holds unfinished samples with {was}: delete it, or use another name")
+            raise ValueError(f"{folder} holds unfinished samples with {was}: delete it, or use another name")
     return held
 
 

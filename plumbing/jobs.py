@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from inputs.formats import Folder
-from inputs.latents import VAES, Cached, open_vae, same_spec
+from inputs.latents import VAES, Cached, Latents, open_vae, same_spec
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
 from plumbing.checkpoints import refuse_used, same_run
@@ -23,7 +23,7 @@ class Job(NamedTuple):
     config: object  # the method's Config
     data: object  # the images: Folder, Cached or Shapes
     teacher: object  # of load_encoder, or None
-    latent: tuple | None  # (VAE, spec), or None of a run on pixels
+    latent: Latents | None  # None of a run on pixels
     device: torch.device
     checkpoint: dict | None  # to go on from
 
@@ -46,7 +46,7 @@ def open_job(argv, description):
         network_config(run, method)  # what does not fit together is said before anything slow
     device = pick_device(run.device)
     latent = open_vae(run, device)
-    spec = latent[1] if latent else None
+    spec = latent.spec if latent else None
     shape = network_config(run, method, spec)
     data = Shapes(run.image_size, 10_000) if run.demo else Folder(run.data, run.image_size, run.skip_broken, is_first())
     if run.latents:

@@ -76,18 +76,18 @@ class Run(Source):
 
 def resolve(argv=None, description=None):
     """argv -> (Run, its Method, the checkpoint to resume from or None). ValueError or OSError for what does not fit."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of the flags that say which others there are
     for name in ("method", "model", "out"):
-        first.add_argument(f"--{name}")
+        early.add_argument(f"--{name}")
     for name in ("demo", "resume"):
-        first.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
-    early = first.parse_known_args(argv)[0]
-    method = method_named(early.method or "irepa")
-    model = early.model or method.TRAINING.get("model", Run.model)
-    demo = {**DEMO, **method.DEMO} if early.demo else {}
-    out = Path(early.out or demo.get("out") or f"runs/{method.name}-{model.replace('/', '-')}")
-    saved, checkpoint = saved_settings(out) if early.resume else ({}, None)
-    if "method" in saved and not early.method:
+        early.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
+    chosen = early.parse_known_args(argv)[0]
+    method = method_named(chosen.method or "irepa")
+    model = chosen.model or method.TRAINING.get("model", Run.model)
+    demo = {**DEMO, **method.DEMO} if chosen.demo else {}
+    out = Path(chosen.out or demo.get("out") or f"runs/{method.name}-{model.replace('/', '-')}")
+    saved, checkpoint = saved_settings(out) if chosen.resume else ({}, None)
+    if "method" in saved and not chosen.method:
         if saved["method"] not in method_names():
             raise ValueError(f"{out} was trained with --method {saved['method']}, which is not there any more")
         method = method_named(saved["method"])

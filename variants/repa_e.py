@@ -4,27 +4,26 @@
     torchrun --nproc_per_node=8 train.py --method repa_e --encoder dinov2_vitb14 --lpips vgg16-397923af.pth
 
 A VAE that follows the diffusion loss makes latents that are easy to denoise and say little. REPA-E stops that gradient
-and lets the alignment through instead. One step, z being a sample of the VAE's posterior, of one forward:
+and lets the alignment through instead. One step:
 
     loss of                                    gradient to             pass through the SiT
     L1 + LPIPS + 1e-6 KL - 0.1 mean D(recon)   VAE                     none
     1.5 alignment                              VAE's encoder           1: blocks up to the alignment, frozen, eval mode
-    denoising + proj_coeff alignment           SiT                     2: whole, train mode, on z without gradient
+    denoising + proj_coeff alignment           SiT                     2: whole, train mode, no gradient to the latent
     hinge                                      discriminator D         none
 
-Both passes see the same z, times and noise, and the same target, the teacher's tokens after the spatial norm. Gradients
-are taken by torch.autograd.grad for the parameters of one network at a time: nothing needs freezing and thawing. The
-latent is not scaled: `bn`, a batch norm without weights, comes before the SiT, in pass 1 by its running statistics
-(constants for the VAE), in pass 2 by those of the batch, which move the running ones.
+Both passes see the same latents, times and noise, and the same target. Gradients are taken by torch.autograd.grad for
+one network at a time: nothing needs freezing and thawing. The latent is not scaled: `bn`, a batch norm without weights,
+comes before the SiT, in pass 1 by its running statistics (constants for the VAE), in pass 2 by those of the batch,
+which move the running ones.
 
 As released: all of that, the weights, AdamW with one learning rate for the three networks, norms clipped one by one,
 the discriminator from the first step on, an EMA of the SiT and of bn's statistics alone, L1 where the paper writes a
 squared error. Ours, because no public code joins REPA-E and iREPA: the conv projector lies in the SiT and is frozen in
 pass 1 with it; the SiT's coefficient is iREPA's 1.0 (REPA-E: 0.5), the VAE's stays 1.5. Ours too: bn starts from the
-statistics of 256 images, not of a file, and is undone with its eps; the position table stays fixed (thawing the SiT,
-the release trains it); LPIPS takes its images in [-1, 1] once (the first release scaled them twice); the discriminator
-starts from random weights, hence the flag --gan-coeff; its batch norm sees the images of one process, while all else is
-the same on any number of processes.
+statistics of 256 images and is undone with its eps; the position table stays fixed (the release trains it); LPIPS takes
+its images in [-1, 1] once (the first release scaled them twice); the discriminator starts from random weights, and its
+batch norm sees the images of one process, while all else is the same on any number of processes.
 """
 
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import irepa
+from inputs.latents import Latents
 from irepa import draws, interpolate, irepa_loss, seeded, training_draws, with_alignment
 from plumbing.files import one_line, read_pt
 
@@ -106,10 +106,8 @@ class Discriminator(nn.Module):
             layers += [nn.Conv2d(before, after, 4, stride, 1, bias=False), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))  # the release's names
         for module in self.main:
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.weight, mean=1.0, std=0.02)
+            if hasattr(module, "weight"):
+                nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
 
     def forward(self, x):
         return self.main(x)
@@ -167,8 +165,7 @@ def frozen_alignment(model, latent, y, target, config, generator, part=(0, 1)):
 def vae_loss(model, vae, disc, x, y, target, config, perceptual, noise, twin, part=(0, 1)):
     """-> (dict of scalars: loss, l1, lpips, kl, gan, vae_align; latent; the reconstruction of x) (REPA-E, section 3).
 
-    x [B, 3, H, W] in [-1, 1]; target as in irepa_loss; perceptual is load_lpips's. noise draws the posterior's sample,
-    twin what frozen_alignment takes.
+    x [B, 3, H, W] in [-1, 1]; the generators: noise of the posterior's sample, twin of frozen_alignment.
     """
     latent, kl = posterior(vae, x, noise, part)
     recon = vae.decode(latent).sample.float()
@@ -205,13 +202,12 @@ def set_gradients(loss, net):
 
 def latent_spec(model, spec):
     """The spec (see inputs/latents.py) by which decode() undoes the bn of `model`, exactly: with its eps."""
-    bn = model.bn
-    scale = (bn.running_var + bn.eps).rsqrt().tolist()
-    return {**spec, "vae": "trained with the model", "scale": scale, "bias": bn.running_mean.tolist()}
+    scale = (model.bn.running_var + model.bn.eps).rsqrt().tolist()
+    return {**spec, "vae": "trained with the model", "scale": scale, "bias": model.bn.running_mean.tolist()}
 
 
 def stored_vae(data, model, device):
-    """(VAE, spec) of a checkpoint's dict for latents of `model`. ValueError where the VAE is damaged."""
+    """The Latents of a checkpoint's dict for samples of `model`. ValueError where the VAE is damaged."""
     from diffusers import AutoencoderKL
 
     try:
@@ -220,7 +216,7 @@ def stored_vae(data, model, device):
         spec = latent_spec(model, data["latent"])
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise ValueError(f"the checkpoint's VAE cannot be used: {one_line(e)[:300]}") from e
-    return vae.eval().requires_grad_(False).to(device), spec
+    return Latents(vae.eval().requires_grad_(False).to(device), spec)
 
 
 # ---- Train ----
@@ -255,7 +251,7 @@ class Learner:
     def __init__(self, job, ranks, indices):
         self.job, self.part, self.images = job, (ranks.rank, ranks.world), None
         self.perceptual = load_lpips(job.config.lpips, job.device)
-        vae = job.latent[0].requires_grad_(True)
+        vae = job.latent.vae.requires_grad_(True)
         model, disc = SiT(job.config).to(job.device), Discriminator(job.config.disc_width).to(job.device)
         if not job.checkpoint:
             measure(model.bn, vae, job.data[indices[:256]][0].to(job.device))
@@ -264,12 +260,11 @@ class Learner:
     def held_out(self, images, moments, part):
         x = images.float() / 127.5 - 1
         self.images = x if self.images is None else self.images
-        vae, device = self.networks["vae"], self.job.device
-        return lambda: posterior(vae, x, seeded(0, 1, device), part)[0]  # of the VAE as it is by then
+        return lambda: posterior(self.networks["vae"], x, seeded(0, 1, self.job.device), part)[0]
 
     def gradients(self, step, parts):
-        job, config, nets = self.job, self.job.config, self.networks.values()
-        model, vae, disc = nets
+        job, config = self.job, self.job.config
+        model, vae, disc = nets = [*self.networks.values()]
         [(_, images, labels, _)] = parts
         x, target = images.float() / 127.5 - 1, job.teacher(images) if job.teacher else None
         noise, twin, again = (seeded(job.run.seed, 2 * step + k, job.device) for k in (0, 1, 1))
@@ -285,7 +280,7 @@ class Learner:
         return terms
 
     def decoder(self, ema):
-        return self.networks["vae"], latent_spec(ema, self.job.latent[1])
+        return Latents(self.networks["vae"], latent_spec(ema, self.job.latent.spec))
 
     def stored(self, optimisers):
         vae, disc = self.networks["vae"], self.networks["disc"]
@@ -293,7 +288,7 @@ class Learner:
 
     def facts(self):
         config = {k: v for k, v in self.networks["vae"].config.items() if not k.startswith("_")}
-        return dict(vae_config=config, latent=self.job.latent[1])
+        return dict(vae_config=config, latent=self.job.latent.spec)
 
     @torch.no_grad()
     def pictures(self):
