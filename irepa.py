@@ -28,17 +28,18 @@ REPA = dict(projector="mlp", gamma=None, proj_coeff=0.5)
 
 
 class Projector(nn.Module):
-    """From the transformer's tokens to the teacher's: [B, T, D] -> [B, T, encoder_dim]. iREPA is kind 'conv'."""
+    """From the transformer's tokens to the teacher's: [B, T, D] -> [B, T, encoder_dim]. iREPA's is "conv"."""
 
-    def __init__(self, kind, dim, encoder_dim, kernel_size=3, width=2048):
+    def __init__(self, config):
         super().__init__()
-        if kind == "conv":
-            self.projection_layer = nn.Conv2d(dim, encoder_dim, kernel_size, padding=kernel_size // 2)
-        elif kind == "linear":
-            self.projection_layer = nn.Linear(dim, encoder_dim)
-        else:  # REPA's: three layers on each token alone
+        dim, width, out, kernel = config.hidden_size, config.projector_dim, config.encoder_dim, config.kernel_size
+        if config.projector == "conv":
+            self.projection_layer = nn.Conv2d(dim, out, kernel, padding=kernel // 2)
+        elif config.projector == "linear":
+            self.projection_layer = nn.Linear(dim, out)
+        else:  # "mlp", REPA's: three layers on each token alone
             self.projection_layer = nn.Sequential(
-                nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, encoder_dim)
+                nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out)
             )
 
     def forward(self, x):
@@ -343,7 +344,7 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(c.hidden_size, c.patch_size**2 * c.in_channels)
         self.initialize()
         if c.projector:  # last, so that a seed gives the same trunk whatever the projector
-            self.projectors.append(Projector(c.projector, c.hidden_size, c.encoder_dim, c.kernel_size, c.projector_dim))
+            self.projectors.append(Projector(c))
             self.projectors.apply(xavier)
 
     def initialize(self):

@@ -56,4 +56,7 @@ def method_named(name):
     module = irepa if name in OWN else importlib.import_module(f"variants.{name}")
     needed = {key: getattr(irepa, key) for key in ("Config", "model", "loss", "Sampling", "solve")}
     own = {f.name: getattr(module, f.name) for f in fields(Method) if f.name != "name" and hasattr(module, f.name)}
+    if not own:
+        names = ", ".join(f.name for f in fields(Method)[1:])
+        raise ValueError(f"variants/{name}.py is no method: it defines none of {names}")
     return Method(name, **(needed if name in OWN else {**needed, **own}))

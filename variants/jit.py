@@ -202,8 +202,7 @@ class JiT(nn.Module):
         self.blocks = nn.ModuleList(Block(c.hidden_size, c.num_heads) for _ in range(c.depth))
         self.projectors = nn.ModuleList()
         if c.projector:
-            settings = c.projector, c.hidden_size, c.encoder_dim, c.kernel_size, c.projector_dim
-            self.projectors.append(irepa.Projector(*settings))
+            self.projectors.append(irepa.Projector(c))
         self.final_layer = irepa.FinalLayer(c.hidden_size, c.patch_size**2 * c.in_channels)
         self.final_layer.norm_final = RMSNorm(c.hidden_size)
         self.initialize()
