@@ -15,7 +15,7 @@ order, D = hidden_size.
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -441,9 +441,8 @@ def look_up(cls, family, sizes, patches, name, overrides):
     """-> the row of `sizes` and the patch size that `name`, as "SiT-B/2", asks for; ValueError as in Config.named."""
     known = {f"{family}-{size}/{patch}": (sizes[size], patch) for size in sizes for patch in patches}
     check(name in known, f"unknown model {name!r}; there are {' '.join(known)}")
-    own = [field.name for field in fields(cls)]
-    for field in overrides:
-        check(field in own, f"unknown field {field!r} of Config; there are {' '.join(own)}")
+    own = cls.__dataclass_fields__
+    check(overrides.keys() <= own.keys(), f"unknown fields {set(overrides) - set(own)}; there are {' '.join(own)}")
     return known[name]
 
 

@@ -91,6 +91,7 @@ def resolve(argv=None, description=None):
         if saved["method"] not in method_names():
             raise ValueError(f"{out} was trained with --method {saved['method']}, which is not there any more")
         method = method_named(saved["method"])
+    model = chosen.model or saved.get("model", model)
     given = vars(parser_of(method, model, description).parse_args(argv))
     if demo and "data" in given:
         raise ValueError("--demo draws its own images: leave --data out, or --demo")
