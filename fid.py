@@ -9,7 +9,6 @@ An image set is an .npz with arr_0 (uint8, N x H x W x 3), or a folder or a .zip
 an .npz with mu, sigma and, for sFID, mu_s, sigma_s, which are used as they are; where such a file also has arr_0, as
 the standard references do, precision and recall come from that. With the real weights, the standard reference
 against admnet_guided_upsampled_imagenet256 gives FID 3.943, sFID 6.140, IS 215.84, precision 0.8265, recall 0.5309.
-This file imports nothing else of the project.
 """
 
 import argparse
@@ -21,9 +20,9 @@ import re
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path, PurePosixPath
+from collections import OrderedDict
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,26 +30,25 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 HASH = "6726825d"  # how the sha256 of that file begins
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-
-# ---------------------------------------------------------------------------------------------------------------
-# The network: Inception v3 as TensorFlow's classify_image_graph_def of 2015-12-05 has it
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class BasicConv2d(nn.Module):
-    def __init__(self, channels, out, kernel, stride=1, valid=False):
-        super().__init__()
-        rows, columns = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        padding = 0 if valid or stride > 1 else (rows // 2, columns // 2)  # TF's VALID (always where it strides), SAME
-        self.conv = nn.Conv2d(channels, out, (rows, columns), stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(out, eps=1e-3)  # torchvision's value too; PyTorch's own default is 1e-5
+def check(ok, message):
+    if not ok:
+        raise ValueError(message)
 
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+# ---- The network: Inception v3 as TensorFlow's classify_image_graph_def of 2015-12-05 has it ----
+def convolution(channels, out, kernel, stride=1, valid=False):
+    padding = "valid" if valid or stride > 1 else "same"  # as in TF
+    conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
+    bn = nn.BatchNorm2d(out, eps=1e-3)  # torchvision's value too; PyTorch's own default is 1e-5
+    return nn.Sequential(OrderedDict(conv=conv, bn=bn, relu=nn.ReLU(inplace=True)))
 
 
 # TF averages over the pixels that exist, PyTorch by default over the padding too
@@ -60,52 +58,27 @@ halve = partial(F.max_pool2d, kernel_size=3, stride=2)  # VALID in TF: without p
 
 
 class Mixed(nn.Module):
-    """Branches of convolutions and one of pooling, concatenated in this order.
+    """Branches of convolutions and one of pooling, concatenated in this order. branches: name -> its layers in turn,
+    {ending of the name: (out, kernel[, stride])}, where b sees the same input as a."""
 
-    branches: name -> its layers, each (out, kernel[, stride]), or a list of two that see the same input.
-    """
-
-    def __init__(self, channels, branches, pool, pool_out=None):
+    def __init__(self, channels, pool, pool_out=None, **branches):
         super().__init__()
-        self.plan, self.pool = [], pool
-        for name, layers in branches.items():
-            width, steps = channels, []
-            for n, layer in enumerate(layers, start=1):
-                fork = layer if isinstance(layer, list) else [layer]
-                keys = [f"{name}_{n}{letter if len(fork) > 1 else ''}" for letter, _ in zip("ab", fork)]
-                keys = keys if len(layers) > 1 else [name]
-                for key, spec in zip(keys, fork):
-                    self.add_module(key, BasicConv2d(width, *spec))
-                steps.append(keys)
-                width = sum(spec[0] for spec in fork)
-            self.plan.append(steps)
-        self.branch_pool = BasicConv2d(channels, pool_out, 1) if pool_out else nn.Identity()
+        self.pool, self.sources = pool, {}  # layer -> the layer whose output it takes, or None: the input
+        for branch, layers in branches.items():
+            source, width = None, channels
+            for ending, (out, *kernel) in layers.items():
+                self.sources[branch + ending] = source
+                self.add_module(branch + ending, convolution(width, out, *kernel))
+                if not ending.endswith("a"):
+                    source, width = branch + ending, out
+        self.branch_pool = convolution(channels, pool_out, 1) if pool_out else nn.Identity()
 
     def forward(self, x):
-        out = []
-        for steps in self.plan:
-            h = [x]
-            for keys in steps:
-                h = [self.get_submodule(key)(h[0]) for key in keys]  # a fork, of two, is always the last step
-            out += h
-        return torch.cat([*out, self.branch_pool(self.pool(x))], dim=1)
-
-
-def mixed_a(channels, pool_out):
-    five, double = [(48, 1), (64, 5)], [(64, 1), (96, 3), (96, 3)]
-    return Mixed(channels, dict(branch1x1=[(64, 1)], branch5x5=five, branch3x3dbl=double), average, pool_out)
-
-
-def mixed_c(c):
-    seven = [(c, 1), (c, (1, 7)), (192, (7, 1))]
-    double = [(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))]
-    return Mixed(768, dict(branch1x1=[(192, 1)], branch7x7=seven, branch7x7dbl=double), average, 192)
-
-
-def mixed_e(channels, pool):
-    fork = [(384, (1, 3)), (384, (3, 1))]
-    branches = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), fork], branch3x3dbl=[(448, 1), (384, 3), fork])
-    return Mixed(channels, branches, pool, 192)
+        h = {None: x}
+        for layer, source in self.sources.items():
+            h[layer] = self.get_submodule(layer)(h[source])
+        last = [h[layer] for layer in self.sources if layer not in self.sources.values()]
+        return torch.cat([*last, self.branch_pool(self.pool(x))], dim=1)
 
 
 class InceptionV3(nn.Module):
@@ -113,24 +86,33 @@ class InceptionV3(nn.Module):
 
     pool is pool_3; spatial the first 7 channels of mixed_6's first branch after its ReLU, flattened in TF's order
     (row, column, channel), as the reference files hold it; logits are pool @ W without the bias, as in the Inception
-    Score. State-dict names are those of pt_inception-2015-12-05-6726825d.pth. Always in eval mode.
+    Score. State-dict names are those of the released file. Always in eval mode.
     """
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, 2)
-        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3, valid=True)
-        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3)
-        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
-        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3, valid=True)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_a(192, 32), mixed_a(256, 64), mixed_a(288, 64)
-        double = [(64, 1), (96, 3), (96, 3, 2)]
-        self.Mixed_6a = Mixed(288, dict(branch3x3=[(384, 3, 2)], branch3x3dbl=double), halve)
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(mixed_c, (128, 160, 160, 192))
-        seven = [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]
-        self.Mixed_7a = Mixed(768, dict(branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=seven), halve)
-        self.Mixed_7b = mixed_e(1280, average)
-        self.Mixed_7c = mixed_e(2048, maximum)  # TF's graph has a max here, where the paper and torchvision average
+        self.Conv2d_1a_3x3 = convolution(3, 32, 3, 2)
+        self.Conv2d_2a_3x3 = convolution(32, 32, 3, valid=True)
+        self.Conv2d_2b_3x3 = convolution(32, 64, 3)
+        self.Conv2d_3b_1x1 = convolution(64, 80, 1)
+        self.Conv2d_4a_3x3 = convolution(80, 192, 3, valid=True)
+        for name, channels, out in (("Mixed_5b", 192, 32), ("Mixed_5c", 256, 64), ("Mixed_5d", 288, 64)):
+            one, five = {"": (64, 1)}, {"_1": (48, 1), "_2": (64, 5)}
+            double = {"_1": (64, 1), "_2": (96, 3), "_3": (96, 3)}
+            self.add_module(name, Mixed(channels, average, out, branch1x1=one, branch5x5=five, branch3x3dbl=double))
+        double = {"_1": (64, 1), "_2": (96, 3), "_3": (96, 3, 2)}
+        self.Mixed_6a = Mixed(288, halve, branch3x3={"": (384, 3, 2)}, branch3x3dbl=double)
+        for name, c in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+            one, seven = {"": (192, 1)}, {"_1": (c, 1), "_2": (c, (1, 7)), "_3": (192, (7, 1))}
+            double = {"_1": (c, 1), "_2": (c, (7, 1)), "_3": (c, (1, 7)), "_4": (c, (7, 1)), "_5": (192, (1, 7))}
+            self.add_module(name, Mixed(768, average, 192, branch1x1=one, branch7x7=seven, branch7x7dbl=double))
+        seven = {"_1": (192, 1), "_2": (192, (1, 7)), "_3": (192, (7, 1)), "_4": (192, 3, 2)}
+        self.Mixed_7a = Mixed(768, halve, branch3x3={"_1": (192, 1), "_2": (320, 3, 2)}, branch7x7x3=seven)
+        # TF's graph has a max in Mixed_7c, where the paper and torchvision average
+        for name, channels, pool in (("Mixed_7b", 1280, average), ("Mixed_7c", 2048, maximum)):
+            one, three = {"": (320, 1)}, {"_1": (384, 1), "_2a": (384, (1, 3)), "_2b": (384, (3, 1))}
+            double = {"_1": (448, 1), "_2": (384, 3), "_3a": (384, (1, 3)), "_3b": (384, (3, 1))}
+            self.add_module(name, Mixed(channels, pool, 192, branch1x1=one, branch3x3=three, branch3x3dbl=double))
         self.fc = nn.Linear(2048, 1008)  # 1,008 classes in TF's graph, not 1,000
         self.eval().requires_grad_(False)
 
@@ -144,18 +126,9 @@ class InceptionV3(nn.Module):
             x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halve(x))))  # (B, 288, 35, 35)
             x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (B, 768, 17, 17)
             spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 2023): branch1x1 comes first in Mixed_6d
-            x = self.Mixed_7a(self.Mixed_6e(x))  # (B, 1280, 8, 8)
-            x = self.Mixed_7c(self.Mixed_7b(x))  # (B, 2048, 8, 8)
+            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (B, 2048, 8, 8)
         pool = x.float().mean((2, 3))  # (B, 2048)
         return pool, spatial.float(), pool @ self.fc.weight.float().T
-
-    def fold(self):
-        """Each BatchNorm into the convolution before it, and channels_last: the same features, faster."""
-        for module in self.modules():
-            if isinstance(module, BasicConv2d):
-                module.conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn).requires_grad_(False)
-                module.bn = nn.Identity()
-        return self.to(memory_format=torch.channels_last)
 
 
 def resize(images):
@@ -167,40 +140,32 @@ def resize(images):
 
 def load_inception(file=None, device="cpu", fast=False):
     """-> (InceptionV3 ready to use, sha256 of its weights). `file`, or the released weights, downloaded once.
-
-    ValueError or FileNotFoundError, with what to do, where the weights are absent or are something else.
-    """
-    cache = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
-    if file is None and not cache.exists():
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, cache, hash_prefix=HASH)
-        except (OSError, RuntimeError) as e:
-            raise ValueError(
-                f"the Inception weights cannot be downloaded ({e}): fetch {URL} elsewhere and put it at {cache}, or"
-                " name it with --inception FILE"
-            ) from e
-    path = Path(file or cache)
-    if not path.is_file():
-        raise FileNotFoundError(f"--inception {path}: there is no such file")
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    if file is None and not digest.startswith(HASH):
-        raise ValueError(f"{path} is damaged (sha256 {digest[:8]}, not {HASH}): delete it to download it again")
+    ValueError or FileNotFoundError, with what to do, where the weights are absent or are something else."""
+    path = Path(file or Path(torch.hub.get_dir(), "checkpoints", URL.rsplit("/", 1)[1]))
+    try:
+        if not file and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, path, hash_prefix=HASH)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, RuntimeError) as e:
+        way = f"fetch {URL} elsewhere and put it at {path}, or name it with --inception FILE"
+        raise ValueError(f"the Inception weights are not here ({e}): {way}") from e
+    damaged = f"{path} is damaged (sha256 {digest[:8]}, not {HASH}): delete it to download it again"
+    check(file or digest.startswith(HASH), damaged)
     try:
         model, weights = InceptionV3(), torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(weights)
     except Exception as e:  # pickle, zip and shape errors have no common class
-        why = " ".join(str(e).split())[:300] or type(e).__name__
+        why = " ".join(str(e).split())[:300]
         raise ValueError(f"{path} does not hold pt_inception-2015-12-05's weights ({why})") from e
-    model = model.fold().to(device)
-    return (model.bfloat16() if fast else model), digest
+    for module in model.modules():
+        if isinstance(module, nn.Sequential):  # the same features, faster
+            module.conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn).requires_grad_(False)
+            module.bn = nn.Identity()
+    return model.to(device, torch.bfloat16 if fast else torch.float32, memory_format=torch.channels_last), digest
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The metrics
-
-
+# ---- The metrics ----
 class Moments:
     """Mean and covariance of [B, D] batches, streamed in float64."""
 
@@ -222,18 +187,22 @@ class Moments:
         return mu.cpu().numpy(), sigma.cpu().numpy()
 
 
+def check_gaussian(mu, sigma, d):
+    """ValueError unless these are numbers of the shapes [d] and [d, d]."""
+    shapes = np.shape(mu), np.shape(sigma)
+    check(shapes == ((d,), (d, d)), f"mu and sigma have shapes {shapes}, not [{d}] and [{d}, {d}]")
+    check(np.isfinite(mu).all() and np.isfinite(sigma).all(), "mu or sigma has entries that are not finite")
+
+
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) between two Gaussians: mu [D], sigma [D, D].
 
     The trace of the root is the sum of the singular values of A1^T A2 for any A with A A^T = sigma: real by
-    construction, and right for covariances without full rank, where sqrtm of the product is not. ValueError for shapes
-    or NaN.
+    construction, and right without full rank, where sqrtm of the product is not. ValueError for shapes or NaN.
     """
-    given = [torch.as_tensor(a, dtype=torch.float64).cpu() for a in (mu1, sigma1, mu2, sigma2)]
-    shapes, d = [tuple(a.shape) for a in given], given[0].numel()
-    if shapes != [(d,), (d, d)] * 2 or not all(torch.isfinite(a).all() for a in given):
-        raise ValueError(f"mu [D], sigma [D, D] of one D, all finite, are needed; the shapes are {shapes}")
-    mu1, sigma1, mu2, sigma2 = given
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, dtype=torch.float64).cpu() for a in (mu1, sigma1, mu2, sigma2))
+    check_gaussian(mu1.numpy(), sigma1.numpy(), mu1.numel())
+    check_gaussian(mu2.numpy(), sigma2.numpy(), mu1.numel())
 
     def root(sigma):
         factor, info = torch.linalg.cholesky_ex((sigma + sigma.T) / 2)  # seven times faster than eigh
@@ -258,81 +227,62 @@ def inception_score(logits, split_size=5000):
 
 
 def precision_recall(reference, samples, k=3):
-    """(precision, recall) of features [N, D], [M, D] (Kynkaanniemi et al., 2019, as in ADM's evaluator).
+    """(precision, recall) of features [N, D], [M, D] (Kynkaanniemi et al., 2019, as in ADM's evaluator): the share of
+    samples within some reference's distance to its k-th neighbour, and the reverse. Distances are float64, in blocks.
+    ValueError for k or fewer features on a side."""
+    reference, samples = (torch.as_tensor(x).double() for x in (reference, samples))
+    check(min(len(reference), len(samples)) > k, f"precision and recall need more than k = {k} images on each side")
 
-    precision: the share of samples within some reference's distance to its k-th neighbour; recall: the reverse.
-    Distances are float64, in blocks. ValueError for k or fewer features on a side.
-    """
-    reference, samples = torch.as_tensor(reference), torch.as_tensor(samples)
-    if min(len(reference), len(samples)) <= k:
-        raise ValueError(f"precision and recall need more than k = {k} images on each side")
+    def distances(rows, columns):
+        return (torch.cdist(part, columns) for part in rows.split(max(1, 2**25 // len(columns))))
 
-    def blocks(rows, columns):
-        columns = columns.double()
-        norms = columns.square().sum(1)
-        for part in rows.split(max(1, 2**25 // len(columns))):
-            part = part.double()
-            yield torch.addmm(part.square().sum(1, keepdim=True) + norms, part, columns.T, alpha=-2).clamp_(min=0)
+    def covered(points, by):
+        """The share of points within some other's distance to its k-th neighbour, where the nearest is itself."""
+        radii = torch.cat([d.topk(k + 1, dim=1, largest=False).values[:, -1] for d in distances(by, by)])
+        return torch.cat([(d <= radii).any(1) for d in distances(points, by)]).double().mean().item()
 
-    def radii(x):  # the nearest is the image itself
-        return torch.cat([d.topk(k + 1, dim=1, largest=False).values[:, -1] for d in blocks(x, x)])
-
-    reference_radii, sample_radii = radii(reference), radii(samples)
-    covered, inside = torch.zeros(len(reference), dtype=torch.bool, device=reference.device), 0
-    for start, d in zip(range(0, 2**62, max(1, 2**25 // len(reference))), blocks(samples, reference)):
-        inside += (d <= reference_radii).any(1).sum().item()
-        covered |= (d <= sample_radii[start : start + len(d), None]).any(0)
-    return inside / len(samples), covered.double().mean().item()
+    return covered(samples, reference), covered(reference, samples)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Images in
-
-
+# ---- Images in ----
 class Npz:
     """arr_0 of an .npz, read as a stream: a set of 50,000 images of 256 px is 9.8 GB."""
 
     def __init__(self, path):
-        self.path, self.name = path, path
         with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
-            shape, fortran, dtype = read_header(f)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or fortran:
-            order = " in Fortran order" if fortran else ""
-            raise ValueError(f"{path}: arr_0 is {dtype} {list(shape)}{order}; images are uint8 [N, H, W, 3] in C order")
-        self.count, self.size = shape[0], shape[1:3]
-
-    def __len__(self):
-        return self.count
+            check(np.lib.format.read_magic(f) == (1, 0), "arr_0 is not of version 1.0 of the npy format")
+            (shape, fortran, dtype), self.start = np.lib.format.read_array_header_1_0(f), f.tell()
+        good = dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran
+        order = " in Fortran order" if fortran else ""
+        check(good, f"arr_0 is {dtype} {list(shape)}{order}; images are uint8 [N, H, W, 3] in C order")
+        self.name, self.count, self.size = str(path), shape[0], shape[1:3]
 
     def batches(self, low, high, batch_size):
-        height, width = self.size
-        pixels = height * width * 3
-        with zipfile.ZipFile(self.path) as z, z.open("arr_0.npy") as f:
-            read_header(f)
-            f.seek(f.tell() + low * pixels)
-            for start in range(low, high, batch_size):
-                count = min(batch_size, high - start)
-                try:
-                    data = f.read(count * pixels)
-                except (zipfile.BadZipFile, zlib.error, EOFError) as e:
-                    raise ValueError(f"{self.path} is damaged between images {start} and {start + count} ({e})") from e
-                if len(data) < count * pixels:
-                    raise ValueError(f"{self.path} is truncated at image {start + len(data) // pixels}")
-                images = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                yield images.view(count, height, width, 3).permute(0, 3, 1, 2)
-
-
-def read_header(f):
-    version = np.lib.format.read_magic(f)
-    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(f)
+        """Images low ... high - 1, as uint8 [B, 3, H, W]. ValueError, with the place, where the file is damaged."""
+        pixels, start, stop = 3 * math.prod(self.size), low, low
+        try:
+            with zipfile.ZipFile(self.name) as z, z.open("arr_0.npy") as f:
+                f.read(self.start)  # after a seek from here zipfile would not check the CRC
+                f.seek(self.start + low * pixels)
+                for start in range(low, high, batch_size):
+                    stop = min(start + batch_size, high)
+                    data = f.read((stop - start) * pixels)
+                    found = start + len(data) // pixels
+                    check(found == stop, f"{self.name} is truncated at image {found}")
+                    images = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                    yield images.view(-1, *self.size, 3).permute(0, 3, 1, 2)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+            raise ValueError(f"{self.name} is damaged between images {start} and {stop} ({e})") from e
 
 
 class Files:
     """The images in a folder or a .zip, at any depth, sorted by name; with crop, centre-cropped to that side."""
 
     def __init__(self, path, crop=None):
-        self.name, self.path, self.crop, self.zips, self.size = str(path), Path(path), crop, {}, None
-        if self.path.is_dir():
+        self.name, self.path, self.crop, self.zipped = str(path), Path(path), crop, not Path(path).is_dir()
+        if self.zipped:
+            files = zipfile.ZipFile(path).namelist()
+        else:
             files, seen = [], set()
             for folder, below, names in os.walk(path, followlinks=True):
                 if os.path.realpath(folder) in seen:  # a loop of links
@@ -340,47 +290,35 @@ class Files:
                     continue
                 seen.add(os.path.realpath(folder))
                 files += [(Path(folder) / name).relative_to(path).as_posix() for name in names]
-        else:
-            try:
-                files = [f for f in zipfile.ZipFile(path).namelist() if not f.endswith("/")]
-            except (zipfile.BadZipFile, ValueError, OSError) as e:
-                raise ValueError(f"{path} is a damaged zip ({e})") from e
-        visible = (f for f in files if not any(p.startswith((".", "__MACOSX")) for p in PurePosixPath(f).parts))
-        self.files = sorted(f for f in visible if PurePosixPath(f).suffix.lower() in EXTENSIONS)
-        if not self.files:
-            raise ValueError(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})")
+        self.files = sorted(f for f in files if f.lower().endswith(EXTENSIONS) and not re.search(r"(^|/)(\.|__MAC)", f))
+        check(self.files, f"it holds no images ({' '.join(EXTENSIONS)})")
+        self.count, self.size = len(self.files), None
         self.size = tuple(self[0].shape[1:])
 
-    def __len__(self):
-        return len(self.files)
-
-    def __getstate__(self):
-        return {**self.__dict__, "zips": {}}
-
     def __getitem__(self, i):
+        """Image i as uint8 [3, H, W]. ValueError, with its name, where it cannot be read or has another size."""
         where = f"{self.name}/{self.files[i]}"
         try:
-            if self.path.is_dir():
-                image = to_rgb(Image.open(self.path / self.files[i]))
-            else:
-                if os.getpid() not in self.zips:  # an open file position cannot be shared between processes
-                    self.zips = {os.getpid(): zipfile.ZipFile(self.path)}
-                with self.zips[os.getpid()].open(self.files[i]) as f:
-                    image = to_rgb(Image.open(f))
+            file = open_zip(self.path, os.getpid()).open(self.files[i]) if self.zipped else self.path / self.files[i]
+            image = to_rgb(Image.open(file))
         except Exception as e:  # whatever PIL or zipfile raises, on purpose: the formats' readers raise anything
             raise ValueError(f"{where} cannot be read ({type(e).__name__}: {e})") from e
         pixels = np.array(center_crop(image, self.crop) if self.crop else image)
-        if self.size and pixels.shape[:2] != self.size:
-            sizes = f"{pixels.shape[1]}x{pixels.shape[0]}, the first {self.size[1]}x{self.size[0]}"
-            raise ValueError(f"{where} is {sizes}: images of one size are scored; --save-stats takes --image-size")
+        found, wanted = ("{1}x{0}".format(*size) for size in (pixels.shape, self.size or pixels.shape))
+        check(found == wanted, f"{where} is {found}, the first {wanted}; --save-stats crops to one --image-size")
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def batches(self, low, high, batch_size):
-        share = torch.utils.data.Subset(self, range(low, high))
-        workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-        workers //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        pin = torch.cuda.is_available()
-        return torch.utils.data.DataLoader(share, batch_size, num_workers=min(workers, high - low), pin_memory=pin)
+        """As Npz.batches; processes decode ahead of the network."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), high - low)
+        return DataLoader(Subset(self, range(low, high)), batch_size, num_workers=workers)
+
+
+@cache
+def open_zip(path, process):
+    """A handle for each process: two that share one share its position in the file."""
+    return zipfile.ZipFile(path)
 
 
 def to_rgb(image):
@@ -388,8 +326,8 @@ def to_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 bits: scaled as in training, where PIL would clip
         array = np.asarray(image, np.float64)
-        if image.mode == "F" or array.min() < 0 or array.max() > 65535:
-            raise ValueError(f"its mode {image.mode} has no fixed range; convert it to 8 or 16 bits")
+        fixed = image.mode != "F" and array.min() >= 0 and array.max() <= 65535
+        check(fixed, f"its mode {image.mode} has no fixed range; convert it to 8 or 16 bits")
         image = Image.fromarray((array / 257).round().astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -408,103 +346,66 @@ def center_crop(image, size):
 
 
 def open_set(path, crop=None):
-    """-> (images or None, statistics, {} if there are none). ValueError or OSError, with the file's name, otherwise."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if Path(path).is_dir() or (Path(path).suffix != ".npz" and zipfile.is_zipfile(path)):
-        return Files(path, crop), {}
+    """-> (images or None, statistics, {} if there are none). ValueError, with the file's name, otherwise."""
+    check(Path(path).exists(), f"{path} does not exist")
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no folder, zip or npz, or is truncated")
+        if Path(path).is_dir() or (Path(path).suffix != ".npz" and zipfile.is_zipfile(path)):
+            return Files(path, crop), {}
+        check(zipfile.is_zipfile(path), "it is no folder, zip or npz, or is truncated")
         with np.load(path, allow_pickle=False) as data:
             images = Npz(path) if "arr_0" in data else None
-            statistics = {k: data[k] for k in ("mu", "sigma", "mu_s", "sigma_s") if k in data}
-            for key, kind in (("n", int), ("size", lambda size: (int(size[0]), int(size[1]))), ("fast", bool)):
-                if key in data:  # of --save-stats
-                    statistics[key] = kind(data[key])
-            if "inception" in data:
-                statistics["inception"] = str(data["inception"])
-        if images is None and "mu" not in statistics:
-            raise ValueError("it has neither arr_0 nor mu and sigma")
+            arrays = dict.fromkeys(("mu", "sigma", "mu_s", "sigma_s"), np.asarray)
+            kinds = dict(arrays, n=int, fast=bool, inception=str, size=lambda a: tuple(a.tolist()))
+            statistics = {k: kind(data[k]) for k, kind in kinds.items() if k in data}
+        check(images or "mu" in statistics, "it has neither arr_0 nor mu and sigma")
         for mu, sigma, d in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
-            shapes = [np.shape(statistics.get(k)) for k in (mu, sigma)]
-            if (mu in statistics or sigma in statistics) and shapes != [(d,), (d, d)]:
-                raise ValueError(f"{mu} and {sigma} have shapes {shapes}, not [{d}] and [{d}, {d}]")
-            if mu in statistics and not all(np.isfinite(statistics[k]).all() for k in (mu, sigma)):
-                raise ValueError(f"{mu} or {sigma} has entries that are not finite")
+            if mu in statistics or sigma in statistics:
+                check_gaussian(statistics.get(mu), statistics.get(sigma), d)
     except Exception as e:  # a damaged zip or header makes numpy raise anything
-        raise ValueError(f"{path} cannot be used: {str(e).removeprefix(f'{path}: ')}") from e
+        raise ValueError(f"{path} cannot be used: {e}") from e
     return images, statistics
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Evaluate
-
-
-@contextmanager
-def together(world):
-    """Where one process fails at its share, the others leave too instead of waiting for it."""
-    error = None
-    try:
-        yield
-    except ValueError as e:
-        error = e
-    failed = torch.tensor(float(error is not None))
-    if world > 1:
-        dist.all_reduce(failed)
-    if error:
-        raise error
-    if failed:
-        raise SystemExit(2)  # the one that failed says why
-
-
-def extract(images, model, device, batch_size, rank=0, world=1, exact=None):
+# ---- Evaluate ----
+def extract(images, model, device, batch_size, rank=0, world=1):
     """The network over an image set -> (pool [N, 2048] float32, statistics), whole on rank 0, a share elsewhere.
-
-    exact: a float32 network to run the first batch with too; statistics["difference"] is then the mean |difference|
-    of the pool features over their mean |value|.
-    """
-    low, high = (len(images) * r // world for r in (rank, rank + 1))
+    ValueError, on every rank, where an image cannot be used on any."""
+    low, high = (images.count * r // world for r in (rank, rank + 1))
     on = device if device.type == "cuda" else "cpu"  # MPS has no float64
-    pool, done, difference = torch.empty(high - low, 2048, device=on), 0, None
+    pools, errors = [torch.empty(0, 2048, device=on)], [None] * world
     moments = Moments(2048, on), Moments(2023, on)
-    bar = tqdm(total=high - low, unit="img", desc=Path(images.name).name, disable=rank > 0)
-    with bar, together(world):
-        for batch in images.batches(low, high, batch_size):
+    batches, number = images.batches(low, high, batch_size), math.ceil((high - low) / batch_size)
+    try:
+        for batch in tqdm(batches, images.name, number, unit="img", unit_scale=batch_size, disable=rank > 0):
             batch = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
             features, spatial, _ = model(batch)
-            if exact is not None and done == 0:
-                wanted = exact(batch)[0]
-                difference = ((features - wanted).abs().mean() / wanted.abs().mean()).item()
-            pool[done : done + len(batch)] = features
+            pools.append(features.to(on))
             moments[0].add(features)
             moments[1].add(spatial)
-            done += len(batch)
-            bar.update(len(batch))
-    pool = pool.cpu()
-    if not torch.isfinite(pool).all():
-        raise ValueError(f"{images.name}: the features are not finite; are the network's weights?")
+        pool = torch.cat(pools).cpu()
+        check(torch.isfinite(pool).all(), f"{images.name}: the features are not finite; are the network's weights?")
+    except ValueError as e:
+        errors[rank] = e
+    if world > 1:
+        dist.all_gather_object(errors, errors[rank])
+    for error in filter(None, errors):
+        raise error
     if world > 1:  # moments add up, and features line up in the order of the files
         for m in moments:
-            m.sum, m.products, m.count = m.sum.cpu(), m.products.cpu(), len(images)
+            m.sum, m.products, m.count = m.sum.cpu(), m.products.cpu(), images.count
             dist.all_reduce(m.sum)
             dist.all_reduce(m.products)
-        if rank:
-            dist.send(pool, 0)
-        else:
-            bounds = [len(images) * r // world for r in range(world + 1)]
-            parts = [pool] + [torch.empty(b - a, 2048) for a, b in zip(bounds[1:], bounds[2:])]
-            for r in range(1, world):
-                dist.recv(parts[r], r)
-            pool = torch.cat(parts)
+        shares = [None] * world if rank == 0 else None
+        dist.gather_object(pool, shares)
+        pool = torch.cat(shares or [pool])
     (mu, sigma), (mu_s, sigma_s) = (m.result() for m in moments)
-    return pool, dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, n=len(images), difference=difference)
+    return pool, dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, n=images.count, size=images.size)
 
 
 def score(sides, weight, device):
     """sides: (pool or None, statistics) of samples and reference -> {metric: value, or why it is not available}."""
     (pool, statistics), (reference_pool, reference) = sides
-    values = {}
+    values, seen = {}, [0 if features is None else len(features) for features in (pool, reference_pool)]
     for metric, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
         values[metric] = f"not available: statistics without {mu}"
         if mu in statistics and mu in reference:
@@ -512,73 +413,129 @@ def score(sides, weight, device):
     values["Inception Score"] = "not available: the samples are statistics only"
     if pool is not None:
         values["Inception Score"] = inception_score(pool @ weight.float().cpu().T)
-    if pool is None or reference_pool is None:
-        side = "samples are" if pool is None else "reference is"
-        precision = recall = f"not available: the {side} statistics only"
-    elif min(len(pool), len(reference_pool)) < 4:
-        precision = recall = "not available: it takes 4 images on each side"
-    else:
+    precision = recall = f"not available: it takes 4 images on each side, and there are {seen[0]} and {seen[1]}"
+    if min(seen) > 3:
         on = device if device.type == "cuda" else "cpu"
         precision, recall = precision_recall(reference_pool.to(on), pool.to(on))
     return {**values, "Precision": precision, "Recall": recall}
 
 
-def warnings_for(args, sides, digest):
+def warnings_for(sides, digest, moved):
     """What a reader of the table must know before quoting it."""
-    out, counts = [], [statistics.get("n") for _, statistics in sides]
-    for name, n in zip(("samples", "reference"), counts):
-        if n is not None and n < 2048:
-            out.append(f"{name}: {n} images, fewer than the 2,048 features: a singular covariance, and a biased FID")
-    if counts[0] is not None and counts[0] != 50_000:
+    counts = [statistics.get("n") for _, statistics in sides]
+    few = "fewer than the 2,048 features: a singular covariance, and a biased FID"
+    out = [f"{name}: {n} images, {few}" for name, n in zip(("samples", "reference"), counts) if n and n < 2048]
+    if len(sides) == 2 and counts[0] not in (None, 50_000):
         out.append(f"{counts[0]} samples, not 50,000: not comparable with published numbers")
     if digest and not digest.startswith(HASH):
         out.append(f"the Inception weights (sha256 {digest[:8]}) are not the released ones: not comparable")
-    differences = [s["difference"] for _, s in sides if s.get("difference") is not None]
-    if any(s.get("fast") for _, s in sides) and not args.fast:
+    if moved is not None:
+        out.append(f"--fast: approximate, not for reporting; bf16 moves the features by {moved:.2%}")
+    elif any(statistics.get("fast") for _, statistics in sides):
         out.append("stored statistics were made with --fast: approximate, not for reporting")
-    if args.fast:
-        out.append(
-            f"--fast: approximate, not for reporting; bf16 moves the features by {max(differences, default=0):.2%}"
-        )
     return out
 
 
-def report(args, sides, model, digest, device, seconds):
-    """The table on the screen, and what --save-stats and --json ask for, each written whole or not at all."""
-    warnings = warnings_for(args, sides, digest)
-    if args.save_stats:
-        statistics = {k: v for k, v in sides[0][1].items() if v is not None and k != "difference"}
-        np.savez(f"{args.save_stats}.part.npz", **statistics, inception=digest, fast=args.fast)
-        os.replace(f"{args.save_stats}.part.npz", args.save_stats)
-        print(f"{args.save_stats}: the statistics of {statistics['n']} images of {args.images[0]}")
-        return print(*(f"{'warning':<16} {w}" for w in warnings if "samples, not" not in w), sep="\n")
-    values = score(sides, model and model.fc.weight, device)
-    settings = dict(network="bfloat16" if args.fast else "float32", inception=digest and digest[:8], device=str(device))
-    settings.update(torch=str(torch.__version__), splits_of=5000, neighbours=3, seconds=round(seconds, 1))
-    record = {}
-    for metric, value in values.items():
-        print(f"{metric:<16} {value if isinstance(value, str) else f'{value:.4f}'}")
-        record[metric.lower().replace(" ", "_")] = None if isinstance(value, str) else value
+def report(args, sides, values, settings, warnings):
+    """The table on the screen, and as --json."""
+    rows = {metric: value if isinstance(value, str) else f"{value:.4f}" for metric, value in values.items()}
+    record = {metric.lower().replace(" ", "_"): value for metric, value in values.items()}
+    reasons = {key: value for key, value in record.items() if isinstance(value, str)}
+    record.update(dict.fromkeys(reasons), not_available=reasons, settings=settings, warnings=warnings)
     for name, path, (pool, statistics) in zip(("samples", "reference"), args.images, sides):
         n, seen = statistics.get("n"), 0 if pool is None else len(pool)
-        print(f"{name:<16} {path}: statistics of {n or 'an unknown number of'} images, {seen} images seen here")
+        rows[name] = f"{path}: statistics of {n or 'an unknown number of'} images, {seen} images seen here"
         record[name] = dict(path=path, n=n, images_seen=seen)
-    print(f"{'settings':<16} {', '.join(f'{k} {v}' for k, v in settings.items())}")
+    rows["settings"] = ", ".join(f"{k} {v}" for k, v in settings.items())
+    for name, text in rows.items():
+        print(f"{name:<16} {text}")
+    if args.json:
+        Path(f"{args.json}.part").write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(f"{args.json}.part", args.json)  # whole or not at all
+
+
+def prepare(args):
+    """-> [(images or None, statistics)] of each side; before anything slow, ValueError for what is wrong."""
+    save, side, out = args.save_stats, args.image_size, args.save_stats or args.json
+    check(args.batch_size > 0, f"--batch-size must be positive, not {args.batch_size}")
+    good = len(args.images) == (1 if save else 2)
+    check(good, "give SAMPLES and REFERENCE, or --save-stats OUT.npz and one image set; see --help")
+    check(save or not side, "--image-size goes with --save-stats: scored images stay as they are")
+    check(side is None or side > 0, f"--image-size must be positive, not {side}")
+    check(not save or save.endswith(".npz"), "the name after --save-stats must end in .npz")
+    check(not (save and args.json), "--json is of a score; --save-stats writes none")
+    check(not out or not Path(out).exists(), f"{out} exists and is left as it is; choose another name")
+    check(not out or Path(out).absolute().parent.is_dir(), f"{out}: there is no such folder")
+    sets = [open_set(path, side) for path in args.images]
+    for path, (images, statistics) in zip(args.images, sets):
+        check(images is None or images.count > 1, f"{path} holds one image only: a covariance needs at least two")
+        check(images or not save, f"{path} holds statistics already, and no images")
+        if save:
+            statistics.clear()  # those of the images are asked for
+    sizes = [images.size if images else statistics.get("size") for images, statistics in sets]
+    check(not side or sizes[0] == (side, side), f"{args.images[0]}: an npz is not cropped, and is {sizes[0]} px")
+    check(len(set(sizes) - {None}) < 2, f"image sizes differ: {dict(zip(args.images, sizes))}; see --save-stats")
+    return sets
+
+
+def pick_device(name):
+    """ValueError for one that is not here. Under torchrun, cuda is the process's own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name} cannot be used here: {str(e).splitlines()[0]}") from e
+
+
+def evaluate(args, rank, world, local):
+    """From the arguments to the table or the file of statistics. ValueError or OSError for what cannot be used."""
+    start, sets, device = time.time(), prepare(args), pick_device(args.device)
+    if world > 1:
+        dist.init_process_group("gloo")  # a few hundred MB once, from the CPU: it works everywhere
+        if local:
+            dist.barrier()  # the first process of each machine downloads
+    model, digest, moved, sides = None, None, None, []
+    if any(images for images, _ in sets):
+        model, digest = load_inception(args.inception, device, args.fast)
+    if world > 1 and not local:
+        dist.barrier()
+    known = sorted({digest, *(stored.get("inception") for _, stored in sets)} - {None})
+    check(len(known) < 2, f"statistics of other Inception weights: sha256 {' and '.join(k[:8] for k in known)}")
+    for images, stored in sets:
+        pool, statistics = None, stored
+        # where the reference's statistics are stored, its images serve precision and recall alone
+        if images and ("mu" not in stored or sets[0][0]):
+            pool, statistics = extract(images, model, device, args.batch_size, rank, world)
+        sides.append((pool, stored if "mu" in stored else statistics))
+    if rank > 0:
+        return
+    if args.fast and model:
+        moved, (exact, _) = 0, load_inception(args.inception, device)
+        for images in (images for images, _ in sets if images):
+            batch = next(images.batches(0, min(args.batch_size, images.count), args.batch_size)).to(device)
+            wanted = exact(batch)[0]
+            moved = max(moved, ((model(batch)[0] - wanted).abs().mean() / wanted.abs().mean()).item())
+    warnings = warnings_for(sides, digest, moved)
+    if args.save_stats:
+        np.savez(f"{args.save_stats}.part.npz", **sides[0][1], inception=digest, fast=args.fast)
+        os.replace(f"{args.save_stats}.part.npz", args.save_stats)
+        print(f"{args.save_stats}: the statistics of {sets[0][0].count} images of {args.images[0]}")
+    else:
+        settings = dict(network="bfloat16" if args.fast else "float32", inception=digest and digest[:8])
+        settings.update(device=str(device), torch=str(torch.__version__), splits_of=5000, neighbours=3)
+        values = score(sides, model and model.fc.weight, device)
+        report(args, sides, values, dict(settings, seconds=round(time.time() - start, 1)), warnings)
     for warning in warnings:
         print(f"{'warning':<16} {warning}")
-    if args.json:
-        reasons = {k: v for k, v in zip(record, values.values()) if isinstance(v, str)}
-        record.update(not_available=reasons, settings=settings, warnings=warnings)
-        Path(f"{args.json}.part").write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(f"{args.json}.part", args.json)
 
 
-def build_parser():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s SAMPLES REFERENCE [flags], which --help lists", description=__doc__, formatter_class=style,
-        allow_abbrev=False,
-    )  # fmt: skip
+def main(argv=None):
+    usage = "%(prog)s SAMPLES REFERENCE [flags], which --help lists"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("images", nargs="+", metavar="SAMPLES REFERENCE", help="npz, folder or zip of images, or statistics npz")
     add("--save-stats", metavar="OUT", help="write the statistics of one image set to OUT.npz instead")
@@ -588,92 +545,15 @@ def build_parser():
     add("--batch-size", type=int, default=64, help="images at a time on each process (64)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--fast", action="store_true", help="bf16 network: approximate, for checks during training")
-    return parser
-
-
-def prepare(args):
-    """Everything that can be wrong, before anything slow -> (device, image sets). ValueError or OSError."""
-
-    def check(ok, message):
-        if not ok:
-            raise ValueError(message)
-
-    check(args.batch_size > 0, f"--batch-size must be positive, not {args.batch_size}")
-    wanted = 1 if args.save_stats else 2
-    check(len(args.images) == wanted, "give SAMPLES and REFERENCE, or --save-stats OUT.npz and one image set")
-    check(not args.image_size or args.save_stats, "--image-size goes with --save-stats: scored images stay as they are")
-    check(args.image_size is None or args.image_size > 0, f"--image-size must be positive, not {args.image_size}")
-    check(not args.save_stats or args.save_stats.endswith(".npz"), "the name after --save-stats must end in .npz")
-    check(not (args.save_stats and args.json), "--json is of a score; --save-stats writes none")
-    for out in filter(None, (args.save_stats, args.json)):
-        check(not Path(out).exists(), f"{out} exists and is left as it is; choose another name")
-        check(Path(out).absolute().parent.is_dir(), f"{out}: there is no such folder")
-    sets, sizes = [open_set(path, args.image_size) for path in args.images], []
-    for path, (images, statistics) in zip(args.images, sets):
-        check(images is None or len(images) > 1, f"{path} holds one image only: a covariance needs at least two")
-        check(images or not args.save_stats, f"{path} holds statistics already, and no images")
-        sizes.append(tuple(images.size if images else statistics.get("size", ())))
-        if args.save_stats:
-            statistics.clear()  # those of the images are asked for
-    if args.save_stats and args.image_size:
-        check(sizes[0] == (args.image_size,) * 2, f"{args.images[0]}: an npz is not cropped, and is {sizes[0]} px")
-    same = len({*filter(None, sizes)}) < 2
-    check(
-        same, f"image sizes differ: {' and '.join(f'{p} is {s}' for p, s in zip(args.images, sizes))}; see --save-stats"
-    )
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} cannot be used here: {str(e).splitlines()[0]}") from e
-    return torch.device(name), sets
-
-
-def main(argv=None):
-    parser = build_parser()
     args = parser.parse_args(argv)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    start = time.time()
     try:
-        device, sets = prepare(args)
-        if world > 1:
-            dist.init_process_group("gloo")  # a few hundred MB once, from the CPU: it works everywhere
-            if local:
-                dist.barrier()  # the first process of each machine downloads
-        model, digest, exact = None, None, None
-        if any(images for images, _ in sets):
-            model, digest = load_inception(args.inception, device, args.fast)
-        if world > 1 and not local:
-            dist.barrier()
-        known = {digest, *(statistics.get("inception") for _, statistics in sets)} - {None}
-        if len(known) > 1:
-            raise ValueError(
-                f"statistics of other Inception weights: sha256 {' and '.join(k[:8] for k in sorted(known))}"
-            )
-        if model and args.fast:
-            exact, _ = load_inception(args.inception, device)
-        sides = []
-        for images, statistics in sets:
-            pool = None
-            # where the reference's statistics are stored, its images serve precision and recall alone
-            if images and ("mu" not in statistics or sets[0][0]):
-                pool, computed = extract(images, model, device, args.batch_size, rank, world, exact)
-                computed["size"] = images.size
-                statistics = {"difference": computed["difference"], **statistics} if "mu" in statistics else computed
-            sides.append((pool, statistics))
-        if rank == 0:
-            report(args, sides, model, digest, device, time.time() - start)
-    except (ValueError, OSError, zipfile.BadZipFile) as e:
+        evaluate(args, rank, world, local)
+    except (ValueError, OSError) as e:
         time.sleep(2 * (rank > 0))  # let the first process speak first
-        last = str(e).strip().splitlines()[-1]  # behind a worker's traceback
-        parser.error(re.sub(r"^\w+(Error|File): ", "", last))
+        parser.error(re.sub(r"^\w+(Error|File): ", "", str(e).strip().splitlines()[-1]))  # behind a worker's traceback
     if world > 1:
         dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
