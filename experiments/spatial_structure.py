@@ -1,8 +1,8 @@
 """Would this encoder make a good teacher? The spatial structure of its patch tokens, measured and drawn.
 
-    python experiments/spatial_structure.py --data photos.zip --encoders hog sift pixels dinov2_vitb14
-    python experiments/spatial_structure.py --data photos --encoders hog timm:<your ViT> --weights timm:<your ViT>=FILE
-    python experiments/spatial_structure.py --correlate        the published encoders: each metric against FID
+    python -m experiments.spatial_structure --data photos.zip --encoders hog sift pixels dinov2_vitb14
+    python -m experiments.spatial_structure --data photos --encoders hog timm:<your ViT> --weights timm:<your ViT>=FILE
+    python -m experiments.spatial_structure --correlate        the published encoders: each metric against FID
 
 The first two print a table (mean over the images, standard error) and a ranking, and write results.json, similarity.png
 (the cosine of one patch with all others, before and after the spatial norm) and pca.png (the tokens' first principal
@@ -12,13 +12,11 @@ has to know the object: --masks holds a PNG for each image, of the same name, bl
 the image or already cropped.
 """
 
-import argparse
 import csv
 import json
 import math
 import os
 import re
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -32,12 +30,14 @@ from PIL import Image
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from fid import Files  # noqa: E402
-from inputs.images import center_crop, line  # noqa: E402
-from inputs.teachers import DRAWN, ENCODERS, load_encoder  # noqa: E402
-from irepa import Config, spatial_norm  # noqa: E402
-from sample import pick_device, versions  # noqa: E402
+from fid import Files
+from inputs.images import center_crop
+from inputs.teachers import DRAWN, ENCODERS, load_encoder
+from irepa import Config, spatial_norm
+from plumbing.files import mistakes, one_line, write_text
+from plumbing.flags import make_parser
+from plumbing.processes import pick_device
+from plumbing.records import versions
 
 GRID = 16  # tokens a side
 BATCH = 16  # images
@@ -46,8 +46,7 @@ PUBLISHED = Path(__file__).with_name("encoder_table.csv")
 LABELS = {"accuracy": "linear probe, %", "lds": "LDS", "cds": "CDS", "srss": "SRSS", "rmsc": "RMSC"}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The metrics (arXiv 2512.10794, appendix B). x_t: tokens scaled to length 1; K: their cosines; d: grid distances
+# ---- The metrics (arXiv 2512.10794, appendix B). x_t: tokens scaled to length 1; K: cosines; d: grid distances ----
 
 
 def similarity(tokens):
@@ -105,8 +104,7 @@ def rmsc(tokens):
 METRICS = {"lds": lds, "cds": cds, "srss": srss, "rmsc": rmsc}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Encoders, images, masks
+# ---- Encoders, images, masks ----
 
 
 def pixels(images):
@@ -125,7 +123,7 @@ def load(name, weights, device="cpu"):
     try:
         teacher = load_encoder(name, GRID, weights, device)
     except (ValueError, OSError) as e:
-        raise ValueError(line(e).replace("--encoder-weights ", f"--weights {name}=")) from e
+        raise ValueError(one_line(e).replace("--encoder-weights ", f"--weights {name}=")) from e
     return teacher, sum(p.numel() for p in teacher.parameters())
 
 
@@ -205,8 +203,7 @@ def measure(name, teacher, images, masks, device):
     return {m: torch.cat(v).double().numpy() for m, v in values.items()}, time.perf_counter() - start
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What the numbers say
+# ---- What the numbers say ----
 
 
 def ranks(values, draws=2000):
@@ -234,7 +231,7 @@ def read_table(path, measured=None):
     except OSError as e:
         raise ValueError(f"--correlate {path} cannot be read: {e.strerror}") from e
     except (KeyError, TypeError, ValueError, csv.Error) as e:
-        raise ValueError(f"--correlate {path}: a table has a column fid and numbers ({line(e)})") from e
+        raise ValueError(f"--correlate {path}: a table has a column fid and numbers ({one_line(e)})") from e
     return table
 
 
@@ -289,8 +286,7 @@ def show_table(rows):
     print("\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ----
 
 
 def panel(axis, picture, title="", patch=None, **more):
@@ -363,13 +359,11 @@ def report_correlations(found, path):
     show_table(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Command line ----
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser("experiments.spatial_structure", __doc__)
     add = parser.add_argument
     add("--data", metavar="DIR_OR_ZIP", help="images, at any depth")
     add("--encoders", nargs="+", default=["hog", "sift", "pixels"], metavar="NAME", help="(hog sift pixels)")
@@ -451,10 +445,9 @@ def prepare(args):
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     out, record, measured = Path(args.out), dict(settings=vars(args), **versions()), {}
-    try:
+    with mistakes("experiments.spatial_structure"):
         work = prepare(args)
         out.mkdir(parents=True)
         try:
@@ -465,12 +458,10 @@ def main(argv=None):
             if args.correlate:
                 record["correlations"] = correlate(read_table(args.correlate, measured))
                 report_correlations(record["correlations"], out / "correlations.png")
-            (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
         finally:
             if not any(out.iterdir()):
                 out.rmdir()  # or the next attempt is refused
-    except (ValueError, OSError) as e:
-        parser.error(line(e))
     print(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 
 
