@@ -1,10 +1,10 @@
 """How fast it is on the device at hand, in one run, and side by side with what else there is.
 
-    python experiments/benchmark.py train --models SiT-S/2 SiT-B/2 --batch-size 16     a table of training steps
-    python experiments/benchmark.py sample --models SiT-S/2 --batch-size 8             images/s of each sampler
-    python experiments/benchmark.py data --data photos.zip --latents DIR               decoding, and reading a cache
-    python experiments/benchmark.py official --release DIR --models SiT-B/2            against the official code
-    python experiments/benchmark.py fid --batch-size 32                                fid.py against pytorch-fid
+    python -m experiments.benchmark train --models SiT-S/2 SiT-B/2 --batch-size 16     a table of training steps
+    python -m experiments.benchmark sample --models SiT-S/2 --batch-size 8             images/s of each sampler
+    python -m experiments.benchmark data --data photos.zip --latents DIR               decoding, and reading a cache
+    python -m experiments.benchmark official --release DIR --models SiT-B/2            against the official code
+    python -m experiments.benchmark fid --batch-size 32                                fid.py against pytorch-fid
 
 Rivals take turns, window by window, after a warm-up, and the median counts, so that a noisy machine disturbs all alike;
 losses and images are read, so that nothing is skipped. Weights are random: speed does not depend on them.
@@ -27,14 +27,16 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import fid  # noqa: E402
-from inputs.images import Folder, line  # noqa: E402
-from inputs.latents import Cached  # noqa: E402
-from inputs.teachers import fast_bf16, load_encoder  # noqa: E402
-from irepa import Config, SiT, irepa_loss  # noqa: E402
-from sample import generate, pick_device, seeded  # noqa: E402
-from train import mixed, update  # noqa: E402
+import fid
+from inputs.formats import Folder
+from inputs.latents import Cached
+from inputs.teachers import DRAWN, load_encoder
+from irepa import Config, Sampling, SiT, irepa_loss, seeded
+from plumbing.files import mistakes, one_line, write_text
+from plumbing.flags import make_parser
+from plumbing.processes import compile_blocks, device_name, fast_bf16, mixed, pick_device
+from sample import generate
+from train import average, update
 
 
 def windows(rivals, count, device="cpu"):
@@ -74,8 +76,7 @@ def matmul_rate(device, size=4096):
     return 2 * size**3 / windows({"": lambda: a @ b}, 9, device)[""]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ----
 
 
 class Step:
@@ -89,8 +90,7 @@ class Step:
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         params = [p for p in self.model.parameters() if p.requires_grad]
         self.opt = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True)
-        for block in self.model.blocks if compiled else []:
-            block.compile()
+        compile_blocks(self.model, compiled)
         rs, n = np.random.RandomState(0), args.batch_size
         self.images = torch.from_numpy(rs.randint(0, 256, (n, 3, 256, 256)).astype(np.uint8)).to(device)
         self.x = torch.from_numpy(rs.standard_normal((n, 4, 32, 32)).astype(np.float32)).to(device)
@@ -102,7 +102,8 @@ class Step:
         return self.encoder(self.images) if self.encoder else None
 
     def update(self):
-        return update(self.model, self.ema, self.opt, 1.0, 0.9999)
+        update({"model": self.model}, {"model": self.opt}, statistics_before=[], clip=1.0, rate=1e-4)
+        average(self.ema, self.model, 0.9999)
 
     def loss(self, target):
         with self.autocast():
@@ -116,10 +117,14 @@ class Step:
         return loss.item()
 
 
+def random_teacher(args, device):
+    return load_encoder(args.encoder, 16, None if args.encoder in DRAWN else "random", device)
+
+
 def train(args, device):
     rate = matmul_rate(device)
     print(f"measured bf16 matrix product: {rate / 1e12:.2f} TFLOP/s")
-    teacher = load_encoder(args.encoder, 16, None if args.encoder in ("hog", "sift") else "random", device)
+    teacher = random_teacher(args, device)
     rows = []
     for name in args.models:
         for encoder in (None, teacher):
@@ -145,25 +150,23 @@ def train(args, device):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sampling
+# ---- Sampling ----
 
 
 def sample(args, device):
     rows = []
     for name in args.models:
         model = SiT(Config.named(name, projector=None)).to(device).eval().requires_grad_(False)
-        for block in model.blocks if args.compile else []:
-            block.compile()
+        compile_blocks(model, args.compile)
         labels = torch.arange(args.batch_size) % 1000
         for precision in ("tf32", "bf16"):
             torch.set_float32_matmul_precision("high")
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
             def draw(sampler, cfg, interval=(0.0, 1.0)):
-                settings = dict(sampler=sampler, steps=args.steps, cfg=cfg, cfg_interval=interval)
+                how = Sampling(sampler, args.steps, cfg, interval)
                 with autocast:
-                    return generate(model, labels, range(len(labels)), **settings).sum().item()
+                    return generate(model, labels, range(len(labels)), how=how).sum().item()
 
             rivals = {
                 "sde": lambda: draw("sde", 1.0),
@@ -180,8 +183,7 @@ def sample(args, device):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Data
+# ---- Data ----
 
 
 def data(args, device):
@@ -198,15 +200,12 @@ def data(args, device):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The official release
+# ---- The official release ----
 
 
 def official(args, device):
     """Their network, loss, spatial norm and sampler in the loop that they train with, on our weights and teacher."""
     sys.path.insert(0, str(Path(args.release) / "ldm"))
-    for ours in ("sample", "train"):
-        sys.modules.pop(ours, None)
     try:
         from loss import SILoss
         from models.sit import SiT_models
@@ -214,7 +213,7 @@ def official(args, device):
         from utils import SpatialNormalization
     except ImportError as e:
         raise ValueError(f"--release {args.release} is no checkout of the official code ({e})") from e
-    teacher = load_encoder(args.encoder, 16, None if args.encoder in ("hog", "sift") else "random", device)
+    teacher = random_teacher(args, device)
     rows = []
     for name in args.models:
         ours = Step(name, args, device, teacher, args.compile)
@@ -229,7 +228,7 @@ def official(args, device):
         try:
             theirs.load_state_dict(ours.model.state_dict())
         except RuntimeError as e:  # its S sizes have a last layer of width 768, and cannot run
-            raise ValueError(f"the release's {name} is another network: {line(e)[:300]}") from e
+            raise ValueError(f"the release's {name} is another network: {one_line(e)[:300]}") from e
         theirs = theirs.to(device).train()
         average = copy.deepcopy(theirs).requires_grad_(False)
         criterion = SILoss(projection_loss_type="cosine", proj_coeff="1.0")
@@ -276,13 +275,12 @@ def official(args, device):
         def our_samples(bf16):
             torch.set_float32_matmul_precision("high")
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                x = generate(sampled, labels.cpu(), range(len(labels)), steps=args.steps)
+                x = generate(sampled, labels.cpu(), range(len(labels)), how=Sampling(steps=args.steps))
             return x.sum().item()
 
         sampled = copy.deepcopy(ours.ema)
         sampled.projectors = torch.nn.ModuleList()  # sample.py loads none
-        for block in sampled.blocks if args.compile else []:
-            block.compile()
+        compile_blocks(sampled, args.compile)
         count = args.batch_size
         rivals = {"training step": theirs, "training step, theirs compiled": torch.compile(theirs)}
         rivals = {what: functools.partial(their_step, net) for what, net in rivals.items()}
@@ -299,8 +297,7 @@ def official(args, device):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The evaluator
+# ---- The evaluator ----
 
 
 def pytorch_fid_network(weights, device):
@@ -367,42 +364,42 @@ def evaluator(args, device):
     return result
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "sample", "data", "official", "fid"))
-    parser.add_argument("--models", nargs="+", default=["SiT-S/2", "SiT-B/2"], help="SiT-XL/2 and so on")
-    parser.add_argument("--encoder", default="dinov2_vitb14", help="the teacher, with random weights")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=10, help="of sampling")
-    parser.add_argument("--windows", type=int, default=5)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
-    parser.add_argument("--data", metavar="PATH", help="for data: a folder of class folders, or a zip of one")
-    parser.add_argument("--latents", metavar="DIR", help="for data: a cache of it")
-    parser.add_argument("--release", metavar="DIR", help="for official: a checkout")
-    parser.add_argument("--images", type=int, default=128, help="for fid: of fid.py as a whole")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", metavar="OUT")
-    args = parser.parse_args()
-    needs = dict(data="data", official="release").get(args.what)
-    if needs and not getattr(args, needs):
-        parser.error(f"{args.what} needs --{needs}")
-    for name in ("batch_size", "steps", "windows", "images"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+def main(argv=None):
+    parser = make_parser(
+        "experiments.benchmark", __doc__, "{train,sample,data,official,fid} [flags], which --help lists"
+    )
+    add = parser.add_argument
     calls = dict(train=train, sample=sample, data=data, official=official, fid=evaluator)
-    try:
+    add("what", choices=calls)
+    add("--models", nargs="+", default=["SiT-S/2", "SiT-B/2"], help="SiT-XL/2 and so on")
+    add("--encoder", default="dinov2_vitb14", help="the teacher, with random weights")
+    add("--batch-size", type=int, default=16)
+    add("--steps", type=int, default=10, help="of sampling")
+    add("--windows", type=int, default=5)
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on GPUs")
+    add("--data", metavar="PATH", help="for data: a folder of class folders, or a zip of one")
+    add("--latents", metavar="DIR", help="for data: a cache of it")
+    add("--release", metavar="DIR", help="for official: a checkout")
+    add("--images", type=int, default=128, help="for fid: of fid.py as a whole")
+    add("--device", default="auto")
+    add("--json", metavar="OUT")
+    args = parser.parse_args(argv)
+    with mistakes("experiments.benchmark"):
+        needs = dict(data="data", official="release").get(args.what)
+        if needs and not getattr(args, needs):
+            raise ValueError(f"{args.what} needs --{needs}")
+        for name in ("batch_size", "steps", "windows", "images"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
         if args.what not in ("data", "fid"):
             [Config.named(name) for name in args.models]  # all are known before the first is measured
         device = pick_device(args.device)
         args.compile = device.type == "cuda" if args.compile is None else args.compile
         result = dict(what=args.what, settings=vars(args), rows=calls[args.what](args, device))
-    except (ValueError, OSError) as e:
-        parser.error(line(e))
-    result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    result["torch"], result["threads"] = str(torch.__version__), torch.get_num_threads()
-    print(f"\n{result['device']}, torch {result['torch']}, {result['threads']} threads")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        result.update(device=device_name(device), torch=str(torch.__version__), threads=torch.get_num_threads())
+        print(f"\n{result['device']}, torch {result['torch']}, {result['threads']} threads")
+        if args.json:
+            write_text(args.json, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Does alignment speed up training, and which half of iREPA does it? Five arms, several seeds, one command.
 
-    python experiments/convergence.py --data cifar10_train.zip                  two CPU cores, the HOG teacher
-    python experiments/convergence.py                                           the same on drawn shapes, no data
-    python experiments/convergence.py --data cifar10_train.zip --budget gpu --seeds 0
-    python experiments/convergence.py --data cifar10_train.zip --encoder timm:test_vit --encoder-weights vit.pt \\
+    python -m experiments.convergence --data cifar10_train.zip                 two CPU cores, the HOG teacher
+    python -m experiments.convergence                                          the same on drawn shapes, no data
+    python -m experiments.convergence --data cifar10_train.zip --budget gpu --seeds 0
+    python -m experiments.convergence --data cifar10_train.zip --encoder timm:test_vit --encoder-weights vit.pt \\
         --learn-teacher 1500 --classifier runs/convergence/classifier.pt --out runs/convergence-vit
-    python experiments/convergence.py --budget paper --processes 8 --data data/imagenet/train --inception FILE \\
+    python -m experiments.convergence --budget paper --processes 8 --data data/imagenet/train --inception FILE \\
         --reference VIRTUAL.stats.npz --encoder dinov2_vitb14 -- --latents data/imagenet/latents-256
 
 Each arm and seed is a run of train.py in OUT/ARM-seedN, trained in equal legs; after each leg sample.py draws images
@@ -20,12 +20,10 @@ one comparison; it is no FID, and not comparable to any.
 OUT holds results.json (all curves), table.md, curves.png, samples.png (the arms' images from the same noise).
 """
 
-import argparse
 import functools
 import hashlib
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -36,14 +34,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import fid  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
-from inputs.images import Folder, Shapes, line  # noqa: E402
-from inputs.latents import write_whole  # noqa: E402
-from inputs.teachers import fast_bf16  # noqa: E402
+import fid
+import sample
+import train
+from experiments.convergence_report import report, rows_of
+from inputs.formats import Folder
+from inputs.shapes import Shapes
+from inputs.teachers import load_encoder
+from plumbing import jobs
+from plumbing.checkpoints import read_checkpoint
+from plumbing.files import mistakes, write_text, write_whole
+from plumbing.flags import make_parser
+from plumbing.processes import fast_bf16, pick_device
+from plumbing.settings import network_config, resolve
 
+PROGRAM = "experiments.convergence"
 # The halves are REPA with one of iREPA's two changes, at REPA's coefficient of 0.5: the paper gives the coefficient 1
 # to the whole of iREPA only. `-- --proj-coeff X` gives one to all.
 ARMS = {
@@ -71,11 +76,10 @@ BUDGETS = {
         points=8, images=50_000, sampling="--sampler sde --steps 250 --batch-size 64", learn=20_000,
     ),
 }  # fmt: skip
-OURS = "method align data demo encoder encoder-weights seed out resume cache-latents list-encoders".split()
+OURS = "method align data demo encoder encoder-weights seed out resume".split()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What is learned here: the classifier of the distance, and the teacher
+# ---- What is learned here: the classifier of the distance, and the teacher ----
 
 
 class Classifier(nn.Module):
@@ -165,7 +169,7 @@ def classifier_for(path, data, steps, device):
         accuracy = fit(network, network, data, steps, device, "classifier")
         state = dict(state_dict=network.state_dict(), accuracy=accuracy, classes=data.classes, steps=steps)
         write_whole(path, lambda f: torch.save(state, f))
-    state = sample.read_checkpoint(path)
+    state = read_checkpoint(path)
     try:
         network.load_state_dict(state["state_dict"])
         known = state["classes"] == data.classes and state["accuracy"] >= 0
@@ -185,9 +189,9 @@ def learn_teacher(name, path, data, steps, grid, device):
     import timm  # late: 1.5 s that nothing else here waits for
 
     if path.exists():
-        return sample.read_checkpoint(path).get("accuracy")
+        return read_checkpoint(path).get("accuracy")
     path.parent.mkdir(parents=True, exist_ok=True)
-    shown = train.load_encoder(name, grid, "random", device)  # it knows size, mean and std; and says what is no ViT
+    shown = load_encoder(name, grid, "random", device)  # it knows size, mean and std; and says what is no ViT
     torch.manual_seed(0)
     model = timm.create_model(shown.timm_id, img_size=shown.side)
 
@@ -202,8 +206,7 @@ def learn_teacher(name, path, data, steps, grid, device):
     return accuracy
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The distance
+# ---- The distance ----
 
 
 @torch.no_grad()
@@ -255,8 +258,7 @@ def meter(args, data, device):
     return distance, facts
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Train, sample, measure
+# ---- Train, sample, measure ----
 
 
 def call(module, flags, processes):
@@ -271,7 +273,7 @@ def call(module, flags, processes):
 def leg(args, folder, arm, seed, step):
     """Train the run in `folder` up to `step`, from wherever it is."""
     last = folder / "last.pt"
-    if last.exists() and sample.read_checkpoint(last)["step"] >= step:
+    if last.exists() and read_checkpoint(last)["step"] >= step:
         return
     flags = [*args.flags, *args.place, *ARMS[arm].split(), "--seed", str(seed)]
     flags += ["--out", str(folder), "--steps", str(step)]
@@ -280,9 +282,9 @@ def leg(args, folder, arm, seed, step):
     elif folder.exists():
         folder.rmdir()  # stopped before it wrote anything
     call(train, flags, args.processes)
-    reached = sample.read_checkpoint(last)["step"] if last.exists() else 0
+    reached = read_checkpoint(last)["step"] if last.exists() else 0
     if reached < step:
-        raise SystemExit(f"convergence.py: {folder} was stopped at step {reached} of {step}; the same command goes on")
+        raise SystemExit(f"{PROGRAM}: {folder} was stopped at step {reached} of {step}; the same command goes on")
 
 
 def measure(args, folder, step, distance):
@@ -294,130 +296,16 @@ def measure(args, folder, step, distance):
         call(sample, flags, args.processes)
     rows = [*rows_of(folder / "distance.jsonl"), dict(step=step, distance=distance(batches_of_npz(npz)))]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_whole(folder / "distance.jsonl", lambda f: f.write(text.encode()))
+    write_text(folder / "distance.jsonl", text)
     for old in {*folder.glob("samples-*.npz")} - {npz}:
         old.unlink()
 
 
-def rows_of(path):
-    """The rows of a .jsonl, without a half-written last one; none if there is no file."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(row) for row in text.splitlines(keepends=True) if row.endswith("}\n")]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What came out
-
-
-def collect(args):
-    """The runs that have begun: dict(arm, seed, images_per_s, and {step: value} of held_out, align, distance)."""
-    runs = []
-    for arm, seed in itertools.product(args.arms, args.seeds):
-        folder = Path(args.out) / f"{arm}-seed{seed}"
-        log, far = rows_of(folder / "log.jsonl"), rows_of(folder / "distance.jsonl")
-        if log:
-            curves = {name: {row["step"]: row[name] for row in log} for name in ("held_out", "align")}
-            curves["distance"] = {row["step"]: row["distance"] for row in far}
-            speed = statistics.median(row["images_per_s"] for row in log)
-            runs.append(dict(arm=arm, seed=seed, images_per_s=speed, **curves))
-    return runs
-
-
-def against_sit(runs, metric):
-    """[(arm, {step: value - that of sit with the same seed})] of the runs for which there is one."""
-    base = {run["seed"]: run[metric] for run in runs if run["arm"] == "sit"}
-    pairs = [(run, base.get(run["seed"], {})) for run in runs if run["arm"] != "sit"]
-    return [(run["arm"], {s: v - sit[s] for s, v in run[metric].items() if s in sit}) for run, sit in pairs]
-
-
-def table(runs, step, facts):
-    """Markdown, an arm a row, at `step`: mean ± standard deviation over seeds."""
-
-    def cell(curves, arm, digits):
-        values = [curve[step] for name, curve in curves if name == arm and step in curve]
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}" if values else "–"
-
-    name = facts["name"]
-    out = f"Step {step}, mean ± standard deviation over seeds; {name} of {facts['samples']} samples, where"
-    out += f" {facts['real']} real images have {facts['of_real']:.2f}.\n\n"
-    out += f"| arm | seeds | held-out loss | minus sit's, same seed | {name} | minus sit's, same seed | images/s |\n"
-    out += "|---|---|---|---|---|---|---|\n"
-    for arm in dict.fromkeys(run["arm"] for run in runs):
-        own = [run for run in runs if run["arm"] == arm and step in run["distance"]]
-        cells = [arm, str(len(own))]
-        for metric, digits in (("held_out", 4), ("distance", 2)):
-            cells += [cell([(arm, run[metric]) for run in own], arm, digits)]
-            cells += [cell(against_sit(runs, metric), arm, digits)]
-        cells += [f"{statistics.median(run['images_per_s'] for run in own):.0f}" if own else "–"]
-        out += f"| {' | '.join(cells)} |\n"
-    return out
-
-
-def plot(runs, facts, path):
-    """Held-out loss, its difference to sit's, and distance against steps: mean over seeds, least to most as a band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
-    name = f"{facts['name']} (real images: {facts['of_real']:.2f})"
-    panels = {
-        "held-out denoising loss": [(run["arm"], run["held_out"]) for run in runs],
-        "held-out loss minus sit's, same seed": against_sit(runs, "held_out"),
-        name: [(run["arm"], run["distance"]) for run in runs],
-    }
-    for axis, (label, curves) in zip(axes, panels.items()):
-        ends = []
-        for i, arm in enumerate(ARMS):
-            own = [curve for name, curve in curves if name == arm]
-            steps = sorted({step for curve in own for step in curve})
-            if steps:
-                values = [[curve[step] for curve in own if step in curve] for step in steps]
-                mean = [statistics.mean(v) for v in values]
-                axis.plot(steps, mean, color=f"C{i}", marker="o" if label == name else None)
-                axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=f"C{i}", alpha=0.15, lw=0)
-                ends.append((mean[-1], steps[-1], arm, f"C{i}"))
-        axis.set(xlabel="step", ylabel=label, yscale="linear" if "minus" in label else "log")
-        axis.grid(alpha=0.3, which="both")
-        height = -1.0
-        for value, step, arm, colour in sorted(ends):  # beside the curves, from below, no two on one another
-            place = axis.transAxes.inverted().transform(axis.transData.transform((step, value)))
-            height = max(place[1], height + 0.05)
-            axis.text(1.02, height, arm, color=colour, transform=axis.transAxes, va="center")
-    axes[1].axhline(0, color="C0", linewidth=1)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def report(args, facts):
-    """results.json, table.md, curves.png and samples.png in OUT, from what is there so far -> the newest table."""
-    out, runs = Path(args.out), collect(args)
-    done = [step for step in args.legs if any(step in run["distance"] for run in runs)]
-    paths = "data out encoder_weights inception reference classifier place decoder".split()  # of this machine only
-    settings = {k: v for k, v in vars(args).items() if k not in paths}
-    everything = dict(settings=settings, distance=facts, runs=runs, **sample.versions())
-    (out / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
-    tables = [table(runs, step, facts) for step in reversed(done)]
-    (out / "table.md").write_text("\n".join(tables))
-    plot(runs, facts, out / "curves.png")
-    sets = {arm: out / f"{arm}-seed{args.seeds[0]}" / f"samples-{args.legs[-1]}.npz" for arm in args.arms}
-    rows = {arm: next(batches_of_npz(npz, 10)) for arm, npz in sets.items() if npz.exists()}
-    if rows:
-        sample.save_grid(torch.cat([*rows.values()]), [*rows], out / "samples.png")
-    return tables[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ----
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage="%(prog)s [flags] [-- flags of train.py]",
-    )  # fmt: skip
+    parser = make_parser(PROGRAM, __doc__, "[flags] [-- flags of train.py]")
     add = parser.add_argument
     add("--data", metavar="PATH", help="folder of class folders, or a .zip of one; drawn shapes without it")
     add("--budget", default="minutes", choices=BUDGETS, help="sizes of model and run; minutes is for two CPU cores")
@@ -437,14 +325,14 @@ def build_parser():
 
 
 def prepare(argv):
-    """argv -> (args with what the budget says, train.py's args). ValueError where flags do not fit together.
+    """argv -> (args with what the budget says, (train.py's Run, its Config)). ValueError where flags do not fit.
 
     args.flags are train.py's for every arm; args.place are more of them, which say where it runs and on what.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
     args, extra = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
     for flag in {f.split("=")[0] for f in extra} & {f"--{name}" for name in OURS}:
-        raise ValueError(f"{flag} after -- is what convergence.py sets itself: leave it out there")
+        raise ValueError(f"{flag} after -- is what this comparison sets itself: leave it out there")
     if args.reference and not args.inception:
         raise ValueError("--reference holds statistics for FID: it goes with --inception FILE")
     if args.learn_teacher is not None and not args.encoder_weights:
@@ -459,21 +347,21 @@ def prepare(argv):
     args.place = ["--data", args.data] if args.data else ["--demo"]
     args.place += ["--encoder-weights", args.encoder_weights] if args.encoder_weights else []
     args.place += ["--device", args.device]
-    given, _ = train.resolve(train.build_parser(), [*args.flags, *args.place, "--out", f"{args.out}/none"])
-    if given.lr_schedule != "constant" or given.steps < args.points:
+    run, method, _ = resolve([*args.flags, *args.place, "--out", f"{args.out}/none"])
+    if run.lr_schedule != "constant" or run.steps < args.points:
         raise ValueError(f"the {args.points} legs need --lr-schedule constant, and as many --steps")
-    args.legs = [given.steps * (i + 1) // args.points for i in range(args.points)]
+    args.legs = [run.steps * (i + 1) // args.points for i in range(args.points)]
     args.decoder = ["--device", args.device]
     for name in ("vae", "vae_weights", "latent_stats"):
-        if getattr(given, name) is not None:
-            args.decoder += [f"--{name.replace('_', '-')}", getattr(given, name)]
-    return args, given
+        if getattr(run, name) is not None:
+            args.decoder += [f"--{name.replace('_', '-')}", getattr(run, name)]
+    return args, (run, network_config(run, method))  # what does not fit together is said before anything slow
 
 
 def same_comparison(path, settings):
     """Write the settings to `path`, or find the same there. ValueError where they differ."""
     if not path.exists():
-        return path.write_text(json.dumps(settings, indent=1) + "\n")
+        return write_text(path, json.dumps(settings, indent=1) + "\n")
     old = json.loads(path.read_text())
     for key, value in settings.items():
         was = old.get(key)
@@ -484,19 +372,17 @@ def same_comparison(path, settings):
 
 
 def main(argv=None):
-    try:
-        args, given = prepare(sys.argv[1:] if argv is None else argv)
-        device, out = sample.pick_device(args.device), Path(args.out)
-        config = train.network(given)  # what does not fit together is said before anything slow
-        train.Folder = functools.lru_cache(1)(Folder)  # the legs' too: decoding CIFAR-10 takes ten seconds
-        skip = given.skip_broken, True
-        data = train.Folder(args.data, given.image_size, *skip) if args.data else Shapes(given.image_size, 10_000)
+    with mistakes(PROGRAM):
+        args, (run, config) = prepare(sys.argv[1:] if argv is None else argv)
+        device, out, size = pick_device(args.device), Path(args.out), run.image_size
+        jobs.Folder = functools.lru_cache(1)(Folder)  # the legs' too: decoding CIFAR-10 takes ten seconds
+        data = jobs.Folder(args.data, size, run.skip_broken, True) if args.data else Shapes(size, 10_000)
         grid = config.input_size // config.patch_size
         if args.learn_teacher is not None:
             file = Path(args.encoder_weights)
             args.teacher_accuracy = learn_teacher(args.encoder, file, data, args.learn_teacher, grid, device)
             print(f"{args.encoder} of {file}: right on {args.teacher_accuracy:.1%} of images that it did not see")
-        train.load_encoder(args.encoder, grid, args.encoder_weights)
+        load_encoder(args.encoder, grid, args.encoder_weights)
         out.mkdir(parents=True, exist_ok=True)
         distance, facts = meter(args, data, device)
         if "accuracy" in facts:
@@ -504,8 +390,6 @@ def main(argv=None):
         same = {name: getattr(args, name) for name in ("flags", "legs", "images", "sampling", "reference")}
         same.update(data_images=len(data), network=facts["sha256"], teacher=sha256(args.encoder_weights))
         same_comparison(out / "settings.json", same)
-    except (ValueError, OSError) as e:
-        build_parser().error(line(e))
     with tqdm([*itertools.product(args.seeds, args.arms, args.legs)], "legs", unit="leg") as bar:
         for seed, arm, step in bar:
             bar.set_description(f"{arm}, seed {seed}, to step {step}")
@@ -513,8 +397,8 @@ def main(argv=None):
             if step not in [row["step"] for row in rows_of(folder / "distance.jsonl")]:
                 leg(args, folder, arm, seed, step)
                 measure(args, folder, step, distance)
-                report(args, facts)
-    print(f"{report(args, facts)}\n{out}: results.json, table.md, curves.png, samples.png")
+                report(args, ARMS, facts)
+    print(f"{report(args, ARMS, facts)}\n{out}: results.json, table.md, curves.png, samples.png")
 
 
 if __name__ == "__main__":

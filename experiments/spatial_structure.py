@@ -1,8 +1,8 @@
 """Would this encoder make a good teacher? The spatial structure of its patch tokens, measured and drawn.
 
-    python experiments/spatial_structure.py --data photos.zip --encoders hog sift pixels dinov2_vitb14
-    python experiments/spatial_structure.py --data photos --encoders hog timm:<your ViT> --weights timm:<your ViT>=FILE
-    python experiments/spatial_structure.py --correlate        the published encoders: each metric against FID
+    python -m experiments.spatial_structure --data photos.zip --encoders hog sift pixels dinov2_vitb14
+    python -m experiments.spatial_structure --data photos --encoders hog timm:<your ViT> --weights timm:<your ViT>=FILE
+    python -m experiments.spatial_structure --correlate        the published encoders: each metric against FID
 
 The first two print a table (mean over the images, standard error) and a ranking, and write results.json, similarity.png
 (the cosine of one patch with all others, before and after the spatial norm) and pca.png (the tokens' first principal
@@ -12,13 +12,10 @@ has to know the object: --masks holds a PNG for each image, of the same name, bl
 the image or already cropped.
 """
 
-import argparse
-import csv
 import json
 import math
 import os
 import re
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -32,22 +29,22 @@ from PIL import Image
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from fid import Files  # noqa: E402
-from inputs.images import center_crop, line  # noqa: E402
-from inputs.teachers import DRAWN, ENCODERS, load_encoder  # noqa: E402
-from irepa import Config, spatial_norm  # noqa: E402
-from sample import pick_device, versions  # noqa: E402
+from experiments.spatial_correlations import LABELS, PUBLISHED, correlate, read_table, report_correlations, show_table
+from fid import Files
+from inputs.images import center_crop
+from inputs.teachers import DRAWN, ENCODERS, load_encoder
+from irepa import Config, spatial_norm
+from plumbing.files import mistakes, one_line, write_text
+from plumbing.flags import make_parser
+from plumbing.processes import pick_device
+from plumbing.records import versions
 
 GRID = 16  # tokens a side
 BATCH = 16  # images
 FAR = 6  # patches, as in the released code; the paper's text has half the grid
-PUBLISHED = Path(__file__).with_name("encoder_table.csv")
-LABELS = {"accuracy": "linear probe, %", "lds": "LDS", "cds": "CDS", "srss": "SRSS", "rmsc": "RMSC"}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The metrics (arXiv 2512.10794, appendix B). x_t: tokens scaled to length 1; K: their cosines; d: grid distances
+# ---- The metrics (arXiv 2512.10794, appendix B). x_t: tokens scaled to length 1; K: cosines; d: grid distances ----
 
 
 def similarity(tokens):
@@ -105,8 +102,7 @@ def rmsc(tokens):
 METRICS = {"lds": lds, "cds": cds, "srss": srss, "rmsc": rmsc}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Encoders, images, masks
+# ---- Encoders, images, masks ----
 
 
 def pixels(images):
@@ -125,7 +121,7 @@ def load(name, weights, device="cpu"):
     try:
         teacher = load_encoder(name, GRID, weights, device)
     except (ValueError, OSError) as e:
-        raise ValueError(line(e).replace("--encoder-weights ", f"--weights {name}=")) from e
+        raise ValueError(one_line(e).replace("--encoder-weights ", f"--weights {name}=")) from e
     return teacher, sum(p.numel() for p in teacher.parameters())
 
 
@@ -193,20 +189,17 @@ def read_masks(folder, files, size):
 def measure(name, teacher, images, masks, device):
     """-> ({metric: float64 [N]}, seconds that the tokens and the metrics took)."""
     values, start = {m: [] for m in METRICS if m != "srss" or masks is not None}, time.perf_counter()
-    with tqdm(total=len(images), desc=name, unit="img", leave=False) as bar:
-        for i in range(0, len(images), BATCH):
-            tokens = teacher(images[i : i + BATCH].to(device))
-            if not tokens.isfinite().all():
-                raise ValueError(f"{name} gives tokens that are not finite")
-            for metric, found in values.items():
-                more = (masks[i : i + BATCH].to(device),) if metric == "srss" else ()
-                found.append(METRICS[metric](tokens, *more).cpu())
-            bar.update(len(tokens))
+    for i in tqdm(range(0, len(images), BATCH), name, unit="batch", leave=False):
+        tokens = teacher(images[i : i + BATCH].to(device))
+        if not tokens.isfinite().all():
+            raise ValueError(f"{name} gives tokens that are not finite")
+        for metric, found in values.items():
+            more = (masks[i : i + BATCH].to(device),) if metric == "srss" else ()
+            found.append(METRICS[metric](tokens, *more).cpu())
     return {m: torch.cat(v).double().numpy() for m, v in values.items()}, time.perf_counter() - start
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What the numbers say
+# ---- What the numbers say ----
 
 
 def ranks(values, draws=2000):
@@ -217,53 +210,6 @@ def ranks(values, draws=2000):
     means = np.stack([v[drawn].mean(1) for v in values])  # (encoders, draws)
     low, high = np.percentile(rankdata(-means, "min", axis=0), [2.5, 97.5], axis=1, method="nearest")
     return np.stack([rankdata(-values.mean(1), "min"), low, high], axis=1).astype(int)
-
-
-def read_table(path, measured=None):
-    """The rows of a csv with a column fid and some of LABELS, as numbers; lines with # are comments.
-
-    measured, {encoder: {metric: value}}, gives the metrics that the table lacks, by its column encoder.
-    """
-    try:
-        with open(path, newline="") as f:
-            rows = list(csv.DictReader(text for text in f if not text.startswith("#")))
-        table = []
-        for row in rows:
-            numbers = {k: float(row[k] or "nan") for k in ("fid", *LABELS) if k in row or k == "fid"}
-            table.append({**(measured or {}).get(row.get("encoder"), {}), **numbers})
-    except OSError as e:
-        raise ValueError(f"--correlate {path} cannot be read: {e.strerror}") from e
-    except (KeyError, TypeError, ValueError, csv.Error) as e:
-        raise ValueError(f"--correlate {path}: a table has a column fid and numbers ({line(e)})") from e
-    return table
-
-
-def pearson(a, b):
-    """Correlation along the last axis; NaN where one of them is constant."""
-    a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
-    with np.errstate(invalid="ignore"):
-        return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-
-
-def correlate(table, draws=10_000):
-    """-> {column: dict(x, fid, pearson, spearman)}, each r as [r, low, high]: 95% intervals from rows drawn again with
-    replacement. Columns that are constant or have fewer than four points are left out; ValueError if that is all."""
-    out = {}
-    for column in LABELS:
-        points = np.array([[row.get(column, np.nan), row["fid"]] for row in table]).reshape(-1, 2)
-        x, y = points[np.isfinite(points).all(1)].T
-        if len(x) < 4 or not np.ptp(x) or not np.ptp(y):
-            continue
-        drawn = np.random.default_rng(0).integers(len(x), size=(draws, len(x)))
-        out[column] = dict(x=x.tolist(), fid=y.tolist())
-        for name, prepare in (("pearson", np.asarray), ("spearman", lambda v: rankdata(v, axis=-1))):
-            r, again = (pearson(prepare(a), prepare(b)) for a, b in ((x, y), (x[drawn], y[drawn])))
-            out[column][name] = [float(r), *np.nanpercentile(again, [2.5, 97.5]).tolist()]
-    if not out:
-        raise ValueError(
-            "--correlate: a correlation needs four rows with a fid and with a metric or accuracy, not all equal"
-        )
-    return out
 
 
 def verdict(order, untrained):
@@ -284,13 +230,7 @@ def verdict(order, untrained):
     return textwrap.fill(words, 110)
 
 
-def show_table(rows):
-    widths = [max(map(len, cells)) for cells in zip(*rows)]
-    print("\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ----
 
 
 def panel(axis, picture, title="", patch=None, **more):
@@ -344,32 +284,11 @@ def draw_pca(path, images, tokens):
     figure.savefig(path, dpi=75)
 
 
-def report_correlations(found, path):
-    """What correlate() found -> a table and a PNG, one panel a column."""
-    rows = [("against FID", "n", "Pearson r [95% interval]", "Spearman r [95% interval]")]
-    figure = Figure(figsize=(2.6 * len(found) + 0.4, 3), layout="constrained")
-    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for axis, (column, f) in zip(axes, found.items()):
-        cells = ["{:+.3f} [{:+.2f}, {:+.2f}]".format(*f[name]) for name in ("pearson", "spearman")]
-        rows.append((LABELS[column], str(len(f["x"])), *cells))
-        ends = np.array([min(f["x"]), max(f["x"])])
-        axis.scatter(f["x"], f["fid"], s=18, alpha=0.8)
-        axis.plot(ends, np.polyval(np.polyfit(f["x"], f["fid"], 1), ends), color="black", linewidth=1)
-        axis.set_title(f"Pearson {cells[0]}", fontsize=9)
-        axis.set_xlabel(LABELS[column])
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("FID (lower is better)")
-    figure.savefig(path, dpi=110)
-    show_table(rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Command line ----
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser("experiments.spatial_structure", __doc__)
     add = parser.add_argument
     add("--data", metavar="DIR_OR_ZIP", help="images, at any depth")
     add("--encoders", nargs="+", default=["hog", "sift", "pixels"], metavar="NAME", help="(hog sift pixels)")
@@ -451,10 +370,9 @@ def prepare(args):
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     out, record, measured = Path(args.out), dict(settings=vars(args), **versions()), {}
-    try:
+    with mistakes("experiments.spatial_structure"):
         work = prepare(args)
         out.mkdir(parents=True)
         try:
@@ -465,12 +383,10 @@ def main(argv=None):
             if args.correlate:
                 record["correlations"] = correlate(read_table(args.correlate, measured))
                 report_correlations(record["correlations"], out / "correlations.png")
-            (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
         finally:
             if not any(out.iterdir()):
                 out.rmdir()  # or the next attempt is refused
-    except (ValueError, OSError) as e:
-        parser.error(line(e))
     print(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 
 
