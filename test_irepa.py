@@ -176,6 +176,9 @@ def test_guidance():
             got = velocity(x, torch.tensor(t, dtype=torch.float64))
             assert model.sizes == ([4] if 0.2 <= t <= 0.5 else [2])
             torch.testing.assert_close(got, x * t + expected.view(-1, 1, 1, 1).float())
+    model.sizes.clear()  # on or off for a whole step of Heun's, by the time at its start: 1, 0.75, 0.5, 0.25
+    irepa.sample_ode(irepa.guided(model, y, 3.0, (0.3, 1.0)), x, 4, heun=True)
+    assert model.sizes == [4, 4, 4, 4, 4, 4, 2]
 
 
 def test_the_samplers_are_sde_euler_and_heun():

@@ -95,6 +95,7 @@ def run_sample(*flags):
 
 def refused(capsys, program, *flags):
     """The program, a function of flags, ends with exit code 2 and a sentence -> the sentence."""
+    capsys.readouterr()  # what was said before
     with pytest.raises(SystemExit) as stop:
         program(*flags)
     error = capsys.readouterr().err
