@@ -10,7 +10,7 @@ import torch
 import irepa
 from irepa import Config, Projector, SiT, alignment_loss, interpolate, irepa_loss, spatial_norm
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # networks of this size gain nothing by more, and lose much where cores are shared
 TINY = dict(
     input_size=8,
     hidden_size=96,

@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.common import toy_vae
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
