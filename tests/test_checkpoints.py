@@ -65,6 +65,8 @@ def test_bad_checkpoints_are_named_errors(tmp_path):
     without = {k: v for k, v in state.items() if "projector" not in k}  # files for evaluation only
     torch.save(dict(ema=without), tmp_path / "eval.pt")
     assert load_checkpoint(tmp_path / "eval.pt")[1].projector is None
+    torch.save(dict(ema=without, config=asdict(load_checkpoint(tmp_path / "good.pt")[1])), tmp_path / "ours.pt")
+    assert load_checkpoint(tmp_path / "ours.pt")[1].projector is None
 
 
 class Evil:

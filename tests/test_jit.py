@@ -85,6 +85,7 @@ def test_sizes_are_the_published_ones(name, size, count):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
     assert config.in_context_len == 32 and config.noise_scale == size / 256
     assert config.in_context_start == {"B": 4, "L": 8, "H": 10}[name[4]]
+    assert jit.released(model.state_dict()).items() <= asdict(config).items()  # read off the shapes alone
 
 
 def test_loss_is_its_formula_in_the_papers_time_and_parts_make_a_whole():

@@ -141,9 +141,10 @@ def test_guides_inside_the_target():
 def test_without_its_additions_it_is_flow_matching():
     model = meanflow_model(share=0.0, omega=1.0, kappa=0.0, power=0.0).train()
     config, x, y, target = model.config, normal(3, 4, 4, 8, 8), torch.arange(4), normal(4, 4, 16, 24)
-    losses = meanflow.loss(model, x, y, target, config, torch.Generator().manual_seed(2))
-    g = torch.Generator().manual_seed(2)
+    losses = meanflow.loss(model, x, y, target, config, torch.Generator().manual_seed(12))
+    g = torch.Generator().manual_seed(12)
     normals, noise, drop = torch.randn(4, 2, generator=g), torch.randn(x.shape, generator=g), torch.rand(4, generator=g)
+    assert drop.min() < 0.1 < drop.max()  # one label is dropped
     t = torch.sigmoid(normals - 0.4).max(1)[0]
     x_t, v = interpolate(x, noise, t)
     u, h = model(x_t, t, torch.where(drop < 0.1, 10, y), t)
@@ -232,7 +233,7 @@ def test_a_run_overfits_stops_and_resumes(tmp_path, capsys):
     flags = [*RUN, "--data", black_and_white(tmp_path / "few", 6, 8), "--method", "meanflow", "--log-every", 20]
     flags += "--image-size 8 --batch-size 32 --lr 5e-3 --ema 0.9 --hidden-size 64 --class-dropout 0".split()
     flags += "--omega 1 --kappa 0 --align none --sample-every 0".split()
-    run(*flags, "--out", tmp_path / "straight", "--steps", 200, "--lr-schedule", "cosine")
+    run(*flags, "--out", tmp_path / "straight", "--steps", 160, "--lr-schedule", "cosine")
     run(*flags, "--out", tmp_path / "stopped", "--steps", 3)
     run("--resume", "--out", tmp_path / "stopped", "--steps", 6)
     run(*flags, "--out", tmp_path / "six", "--steps", 6)

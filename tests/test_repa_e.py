@@ -12,6 +12,7 @@ from PIL import Image
 
 import irepa
 import sample
+import train
 from inputs.latents import load_vae, per_channel
 from irepa import Sampling, alignment_loss, interpolate, spatial_norm
 from plumbing.checkpoints import load_checkpoint
@@ -200,12 +201,28 @@ def test_lpips_is_torchvisions_vgg_or_an_error(tmp_path, monkeypatch):
 # ---- Runs ----
 
 
-def test_a_run_stops_resumes_and_samples(photos, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def stopped(photos, tmp_path_factory):
+    """A folder of runs, `straight` of 3 steps and `stopped` after 2 and resumed; what 2 steps left; what was drawn."""
+    root, drawn, save_grid = tmp_path_factory.mktemp("repa_e"), {}, train.save_grid
     flags = [*JOINT, "--data", photos, "--ema", 0.5, "--warmup", 2, "--sample-every"]
-    run(*flags, 0, "--steps", 3, "--out", tmp_path / "straight")
-    run(*flags, 2, "--steps", 2, "--out", tmp_path / "stopped")
-    run("--resume", "--out", tmp_path / "stopped", "--steps", 3, "--sample-every", 0)
-    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "stopped"))
+    run(*flags, 0, "--steps", 3, "--out", root / "straight")
+
+    def watched(images, names, path):
+        drawn[path.name] = images
+        save_grid(images, names, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_grid", watched)
+        run(*flags, 2, "--steps", 2, "--out", root / "stopped")
+    early = torch.load(root / "stopped/last.pt", weights_only=True)
+    run("--resume", "--out", root / "stopped", "--steps", 3, "--sample-every", 0)
+    return root, early, drawn
+
+
+def test_a_resumed_run_is_the_same_run(stopped, capsys):
+    root, early, _ = stopped
+    a, b = (torch.load(root / name / "last.pt", weights_only=True) for name in ("straight", "stopped"))
     for which in ("model", "ema", "vae", "discriminator"):
         assert same_weights(a[which], b[which])
     for which in ("opt", "opt_vae", "opt_disc"):
@@ -213,33 +230,46 @@ def test_a_run_stops_resumes_and_samples(photos, tmp_path, capsys):
         for i, state in a[which]["state"].items():
             assert all(torch.equal(v, b[which]["state"][i][k]) for k, v in state.items())
     assert all((a["vae"][k] != v).any() for k, v in load_vae("tiny").vae.state_dict().items())
-    for key in ("bn.running_mean", "bn.running_var"):  # the EMA follows the statistics too
+    for key in ("bn.running_mean", "bn.running_var"):
         assert (a["ema"][key] != a["model"][key]).all() and (a["ema"][key] - a["model"][key]).abs().max() < 1
-    rows = [rows_of(tmp_path / name)[-1] for name in ("straight", "stopped")]
+    for key, value in b["ema"].items():  # bn's statistics too
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (early["ema"][key] + b["model"][key]) / 2)
+    rows = [rows_of(root / name)[-1] for name in ("straight", "stopped")]
     assert rows[0].keys() >= {*TERMS, "held_out", "step", "lr"} and rows[0]["held_out"] == rows[1]["held_out"]
-    for name in ("reconstructions-0000002.png", "step-0000002.png"):
-        assert (tmp_path / "stopped/samples" / name).stat().st_size > 1000
-    error = refused(capsys, run, "--resume", "--out", tmp_path / "stopped", "--steps", 4, "--align", "repa")
+    error = refused(capsys, run, "--resume", "--out", root / "stopped", "--steps", 4, "--align", "repa")
     assert "was started with" in error  # another network
 
-    ckpt = ["--ckpt", tmp_path / "stopped/last.pt", "--sampler", "euler", "--steps", 3, "--num", 4]
+
+def test_samples_and_reconstructions_are_drawn(stopped):
+    root, _, drawn = stopped
+    shapes = {name: images.shape for name, images in drawn.items()}
+    samples, held = (16, 3, 32, 32), (2, 3, 32, 32)  # of two classes; of one unseen image, and below it as decoded
+    assert shapes == {"step-0000002.png": samples, "reconstructions-0000002.png": held}
+    for name in shapes:
+        assert (root / "stopped/samples" / name).stat().st_size > 1000
+
+
+def test_a_checkpoint_is_sampled_with_its_own_vae(stopped, tmp_path, capsys):
+    last = stopped[0] / "stopped/last.pt"
+    data, flags = torch.load(last, weights_only=True), ["--sampler", "euler", "--steps", 3, "--num", 4]
     for which, more in (("ema", []), ("model", ["--no-ema"])):
-        run_sample(*ckpt, *more, "--npz", tmp_path / f"{which}.npz")
-        got, (model, _) = np.load(tmp_path / f"{which}.npz"), load_checkpoint(ckpt[1], ema=which == "ema")
+        run_sample("--ckpt", last, *flags, *more, "--npz", tmp_path / f"{which}.npz")
+        got, (model, _) = np.load(tmp_path / f"{which}.npz"), load_checkpoint(last, ema=which == "ema")
         x = sample.generate(model, torch.from_numpy(got["labels"]), range(4), how=Sampling("euler", 3))
-        mean, var = (b[which][f"bn.running_{k}"].view(4, 1, 1) for k in ("mean", "var"))
+        mean, var = (data[which][f"bn.running_{k}"].view(4, 1, 1) for k in ("mean", "var"))
         vae = load_vae("tiny").vae
-        vae.load_state_dict(b["vae"])
+        vae.load_state_dict(data["vae"])
         with torch.no_grad():
             images = to_uint8(vae.decode(x * (var + 1e-4).sqrt() + mean).sample).permute(0, 2, 3, 1)
         assert np.abs(got["arr_0"].astype(int) - images.numpy()).max() <= 1
     record = json.loads((tmp_path / "ema.json").read_text())
-    assert record["latent"]["bias"] == pytest.approx(b["ema"]["bn.running_mean"].tolist(), rel=1e-6)
+    assert record["latent"]["bias"] == pytest.approx(data["ema"]["bn.running_mean"].tolist(), rel=1e-6)
+    flags += ["--npz", tmp_path / "x.npz"]
     for more, message in ((["--vae", "tiny"], "holds its own VAE"), (["--labels", 9], "classes are 0 to 1")):
-        assert message in refused(capsys, run_sample, *ckpt, *more, "--npz", tmp_path / "x.npz")
-    torch.save({**b, "vae": {}}, tmp_path / "bad.pt")
-    error = refused(capsys, run_sample, "--ckpt", tmp_path / "bad.pt", "--npz", tmp_path / "x.npz", "--num", 2)
-    assert "the checkpoint's VAE cannot be used" in error
+        assert message in refused(capsys, run_sample, "--ckpt", last, *flags, *more)
+    torch.save({**data, "vae": {}}, tmp_path / "bad.pt")
+    assert "the checkpoint's VAE cannot be used" in refused(capsys, run_sample, "--ckpt", tmp_path / "bad.pt", *flags)
 
 
 def test_two_ranks_equal_one_process(photos, tmp_path):

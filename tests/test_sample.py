@@ -10,10 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
+import irepa
 import sample
 from irepa import Config, Sampling, SiT
 from plumbing.records import to_uint8
 from tests.common import TINY, fill, refused, rows_of, run, run_sample
+
+
+def test_what_samplers_are_made_of_is_irepas():
+    for name in ("guided", "sample_ode", "sample_sde"):
+        assert getattr(sample, name) is getattr(irepa, name)
 
 
 @pytest.mark.parametrize("sampler", ["sde", "heun"])
