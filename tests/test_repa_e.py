@@ -288,18 +288,26 @@ def test_a_run_overfits(tmp_path, monkeypatch):
         image = Image.new("RGB", (32, 32), name)
         image.paste("grey", (6, 12, 14, 20))  # for the teacher to see
         save_images(tmp_path / "few" / name, 2, image)
-    loss, free = repa_e.loss, []
+    first, second, free = [], [], []  # the streams of both passes of each step; what loss() may reach
+    loss, frozen_alignment = repa_e.loss, repa_e.frozen_alignment
 
-    def watched(model, latent, *args, **kwargs):
+    def watched(model, latent, y, target, config, generator, part):
+        second.extend([generator.initial_seed()] if model.training else [])
         free.append(latent.requires_grad)
-        return loss(model, latent, *args, **kwargs)
+        return loss(model, latent, y, target, config, generator, part)
+
+    def watched_first(model, latent, y, target, config, generator, part):
+        first.append(generator.initial_seed())
+        return frozen_alignment(model, latent, y, target, config, generator, part)
 
     monkeypatch.setattr(repa_e, "loss", watched)
+    monkeypatch.setattr(repa_e, "frozen_alignment", watched_first)
     flags = "--image-size 24 --hidden-size 64 --batch-size 4 --steps 70 --lr 5e-3 --ema 0.9 --log-every 10"
     flags += " --gan-coeff 0.01 --vae-proj-coeff 0.5 --sample-every 0"
     run(*JOINT, "--data", tmp_path / "few", "--out", tmp_path / "run", *flags.split())
     rows = rows_of(tmp_path / "run")
     assert len(free) > 70 and not any(free)  # the denoising loss never reaches the VAE
+    assert first == second and len({*first}) == 70  # both passes of a step draw the same, each step anew
     assert rows[-1]["l1"] < 0.2 < 0.5 < rows[0]["l1"] and rows[-1]["denoise"] < 0.75 * rows[0]["denoise"]
     flags = "--num 8 --sampler heun --steps 20 --cfg 4 --labels 0,1 --ckpt"
     run_sample(*flags.split(), tmp_path / "run/last.pt", "--npz", tmp_path / "s.npz")
