@@ -1,0 +1,109 @@
+"""Sampling: images by their numbers, what is written, and a run that was stopped."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import irepa
+import sample
+from irepa import Config, Sampling, SiT
+from plumbing.records import to_uint8
+from tests.common import TINY, fill, refused, rows_of, run, run_sample
+
+
+def test_what_samplers_are_made_of_is_irepas():
+    for name in ("guided", "sample_ode", "sample_sde"):
+        assert getattr(sample, name) is getattr(irepa, name)
+
+
+@pytest.mark.parametrize("sampler", ["sde", "heun"])
+def test_samples_depend_on_seed_and_index_alone(sampler):
+    model = fill(SiT(Config(**TINY)), strong=True)
+    labels = sample.choose_labels("random", range(5), 10, seed=3)
+    how = Sampling(sampler=sampler, steps=4, cfg=2.0)
+    together = sample.generate(model, labels, range(5), seed=3, how=how)
+    apart = [sample.generate(model, labels[i : i + 1], [i], seed=3, how=how) for i in (4, 0, 2)]
+    torch.testing.assert_close(torch.cat(apart), together[[4, 0, 2]], rtol=1e-5, atol=1e-5)
+    other = sample.generate(model, labels, range(5), seed=4, how=how)
+    assert (other - together).abs().mean() > 0.1
+
+
+def test_rounding():
+    assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 3.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_demo_then_sample(tmp_path, capsys):
+    out = tmp_path / "demo"
+    small = "--steps 4 --batch-size 8 --patch-size 8 --hidden-size 32 --num-heads 2 --depth 2 --log-every 2"
+    run("--demo", "--out", out, "--device", "cpu", "--ckpt-every", 4, "--sample-every", 4, *small.split())
+    assert f"python sample.py --ckpt {out}/last.pt" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert config["steps"] == 4 and config["torch"] == torch.__version__ and "git_commit" in config
+    row = rows_of(out)[-1]
+    assert {"step", "loss", "denoise", "align", "held_out", "grad_norm", "lr", "images_per_s"} <= row.keys()
+    grid = Image.open(out / "samples/step-0000004.png")
+    assert grid.height >= 10 * 96 and (out / "curves.png").stat().st_size > 10_000
+    common = ["--ckpt", out / "last.pt", "--steps", 2]
+    run_sample(*common)
+    run_sample(*common)  # another run takes another name
+    grids = sorted(out.glob("last-*.png"))
+    assert len(grids) == 2 and all(Image.open(g).height >= 10 * 96 for g in grids)
+    run_sample(*common, "--num", 13, "--npz", tmp_path / "s.npz", "--labels", "balanced", "--batch-size", 5)
+    data = np.load(tmp_path / "s.npz")
+    assert data["arr_0"].shape == (13, 32, 32, 3) and data["arr_0"].dtype == np.uint8
+    assert data["labels"].tolist() == [*range(10), 0, 1, 2]
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert record["step"] == 4 and record["cfg"] == 1.0 and len(record["checkpoint_sha256"]) == 64
+    assert record["ema"] is True and record["sampler"] == "sde"
+    assert record["config"] == {**config["config"], "projector": None}
+    run_sample(*common, "--num", 3, "--out-dir", tmp_path / "pngs", "--labels", "3,7")
+    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    for flags, message in (
+        (["--npz", tmp_path / "s.npz", "--num", 2], "exists and is left as it is"),
+        (["--npz", "new.npz"], "say how many images"),
+        (["--labels", "12"], "classes are 0 to 9"),
+        (["--steps", "0"], "must be at least 1"),
+        (["--sampler", "rk4"], "sampler is sde, euler or heun, not rk4"),
+        (["--precision", "fp8"], "--precision is fp32, tf32 or bf16, not fp8"),
+        (["--device", "tpu9"], "--device tpu9 cannot be used here"),
+    ):
+        assert message in refused(capsys, run_sample, *common, *flags)
+    assert asdict(sample.load_checkpoint(out / "last.pt")[1]) == config["config"]
+
+
+def test_sampling_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    model = fill(SiT(Config(**{**TINY, "in_channels": 3})), strong=True)
+    torch.save(dict(ema=model.state_dict(), config=asdict(model.config)), tmp_path / "m.pt")
+    flags = ["--ckpt", tmp_path / "m.pt", "--steps", 2, "--num", 7, "--batch-size", 2, "--npz"]
+    run_sample(*flags, tmp_path / "whole.npz")
+    calls, generate = [], sample.generate
+
+    def dies(model, labels, indices, *args, **settings):
+        calls.append(list(indices))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(model, labels, indices, *args, **settings)
+
+    monkeypatch.setattr(sample, "generate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_sample(*flags, tmp_path / "s.npz")
+    error = refused(capsys, run_sample, *flags, tmp_path / "s.npz", "--seed", 1)
+    assert "unfinished samples with seed 0, not 1" in error
+    part = tmp_path / "s.npz.parts/00000000.npy"
+    part.write_bytes(part.read_bytes()[:150])  # cut short by a failing disk: made again
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if Path(b).suffix != ".npz" else exit(9))
+    with pytest.raises(SystemExit):  # killed when only the last move was left to do
+        run_sample(*flags, tmp_path / "s.npz")
+    assert calls[2:] == [[4, 5], [0, 1], [4, 5], [6]] and not (tmp_path / "s.npz").exists()
+    monkeypatch.setattr(os, "replace", replace)
+    run_sample(*flags, tmp_path / ".." / tmp_path.name / "s.npz")
+    assert len(calls) == 6 and not (tmp_path / "s.npz.parts").exists()
+    for key in ("arr_0", "labels"):
+        assert np.array_equal(np.load(tmp_path / "s.npz")[key], np.load(tmp_path / "whole.npz")[key])
