@@ -1,0 +1,138 @@
+"""What several test files use: tiny networks and runs, and a look at what a run leaves behind."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import irepa
+import sample
+import train
+from plumbing.settings import resolve
+
+HERE = Path(__file__).parent.parent  # the repository's root
+TINY = dict(
+    input_size=8,
+    hidden_size=96,
+    depth=4,
+    num_heads=4,
+    encoder_depth=2,
+    encoder_dim=24,
+    projector_dim=64,
+    num_classes=10,
+)
+RUN = (
+    "--image-size 16 --model SiT-S/4 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4 --lr 1e-3"
+    " --log-every 2 --ckpt-every 3 --device cpu --precision fp32"
+).split()
+
+
+def fill(model, strong=False):
+    """Weights that depend on their names alone."""
+    for name, p in model.state_dict().items():
+        if name != "pos_embed":
+            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape))
+            scale = 1.5 / math.sqrt(np.prod(p.shape[1:])) if p.dim() > 1 else 0.1
+            draw = draw * (scale if strong else 0.05) + (strong and name.endswith("norm.weight"))
+            p.copy_(torch.from_numpy(draw.astype(np.float32)))
+    return model.eval()
+
+
+def normal(seed, *shape):
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+# ---- Inputs ----
+
+
+def save_images(folder, count, image):
+    """`count` copies of a PIL image as PNGs in a new folder."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        image.save(folder / f"{i}.png")
+
+
+def black_and_white(folder, count, size):
+    """Two classes of `count` images of one colour each -> the folder."""
+    for name in ("black", "white"):
+        save_images(folder / name, count, Image.new("RGB", (size, size), name))
+    return folder
+
+
+def toy_vae(folder, seed):
+    """A folder as diffusers writes it, of a VAE that halves images."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    AutoencoderKL(**blocks, block_out_channels=[32, 32], layers_per_block=1, latent_channels=4).save_pretrained(folder)
+    return folder
+
+
+# ---- Runs ----
+
+
+def settings(*flags):
+    """The Run that flags of train.py ask for."""
+    return resolve(["--out", "not/there", *flags])[0]
+
+
+def run(*flags):
+    train.main([str(flag) for flag in flags])
+
+
+def run_sample(*flags):
+    sample.main([str(flag) for flag in flags])
+
+
+def refused(capsys, program, *flags):
+    """The program, a function of flags, ends with exit code 2 and a sentence -> the sentence."""
+    capsys.readouterr()  # what was said before
+    with pytest.raises(SystemExit) as stop:
+        program(*flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "error: " in error and "Traceback" not in error
+    return error
+
+
+def torchrun(script, *flags):
+    """Two processes of a file, or of a module by its dotted name, as torchrun starts them."""
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+    what = [HERE / script] if Path(script).suffix == ".py" else ["-m", script]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *what, *flags]
+    return subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=120)
+
+
+def plant(monkeypatch, act):
+    """Call act(step, losses) after the loss of each training step."""
+    loss, calls = irepa.loss, []
+
+    def planted(*args, **kwargs):
+        out = loss(*args, **kwargs)
+        if args[0].training:
+            calls.append(1)
+            act(len(calls) - 1, out)
+        return out
+
+    monkeypatch.setattr(irepa, "loss", planted)
+
+
+def weights(out, which="model"):
+    return torch.load(Path(out) / "last.pt", weights_only=True)[which]
+
+
+def same_weights(a, b):
+    """Whether two state dicts are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def rows_of(out):
+    return [json.loads(row) for row in (Path(out) / "log.jsonl").read_text().splitlines()]
