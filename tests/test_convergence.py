@@ -1,0 +1,146 @@
+"""experiments/convergence.py: five arms that differ in what they say they do, and in nothing else."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from experiments import convergence
+from inputs import teachers
+from inputs.foreign import read_weights
+from inputs.formats import Folder
+from inputs.shapes import Shapes
+from inputs.teachers import load_encoder
+from plumbing import jobs
+from plumbing.settings import network_config, resolve
+from tests.common import RUN, refused, run, weights
+
+
+def test_arms_are_the_published_settings_and_their_halves():
+    found = {}
+    for arm, flags in convergence.ARMS.items():
+        asked, method, _ = resolve(["--out", "not/there", "--demo", *flags.split()])
+        config = network_config(asked, method)
+        found[arm] = config.projector, config.gamma, config.proj_coeff
+    assert found.pop("sit")[0] is None  # without a projector, the others say nothing
+    assert found == {
+        "repa": ("mlp", None, 0.5),
+        "irepa": ("conv", 0.6, 1.0),
+        "conv-only": ("conv", None, 0.5),
+        "norm-only": ("mlp", 0.6, 0.5),
+    }
+
+
+def test_arms_of_a_seed_share_trunk_data_and_noise(photos, tmp_path):
+    for arm, flags in convergence.ARMS.items():
+        coefficient = () if arm == "sit" else ("--proj-coeff", 0)
+        small = *RUN, "--projector-dim", 32, "--sample-every", 0
+        run(*small, *flags.split(), *coefficient, "--data", photos, "--out", tmp_path / arm)
+    sit = weights(tmp_path / "sit")
+    for arm in convergence.ARMS:  # an alignment that counts for nothing changes nothing, from the first weights on
+        trunk = {k: v for k, v in weights(tmp_path / arm).items() if not k.startswith("projectors")}
+        assert trunk.keys() == sit.keys() and all(torch.equal(v, sit[k]) for k, v in trunk.items()), arm
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """convergence.py's smallest budget: 200 drawn shapes of 16 px, two legs of two steps."""
+    for module in (convergence, train):
+        monkeypatch.setattr(module, "Shapes", lambda size, count: Shapes(size, 200))
+    monkeypatch.setattr(train, "Folder", Folder)  # which convergence.py replaces
+    flags = "--image-size 16 --model SiT-S/4 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4"
+    budget = dict(flags=f"{flags} --encoder-depth 1 --log-every 2 --precision fp32", points=2, images=12, learn=3)
+    monkeypatch.setitem(convergence.BUDGETS, "minutes", dict(budget, sampling="--sampler heun --steps 2"))
+
+
+def test_a_comparison_that_was_stopped_goes_on(few, tmp_path, monkeypatch):
+    def compare(out, *flags):
+        convergence.main(["--out", str(tmp_path / out), "--device", "cpu", "--seeds", "0", *flags])
+        return json.loads((tmp_path / out / "results.json").read_text())
+
+    straight = compare("straight", "--arms", "sit", "irepa")
+    assert [run["arm"] for run in straight["runs"]] == ["sit", "irepa"]
+    assert all([*run[name]] == ["2", "4"] for run in straight["runs"] for name in ("held_out", "distance"))
+    assert 0 <= straight["distance"]["accuracy"] <= 1 and straight["distance"]["name"] == "FD-classifier"
+    text = (tmp_path / "straight/table.md").read_text()
+    gap = straight["runs"][1]["held_out"]["4"] - straight["runs"][0]["held_out"]["4"]
+    assert f"| irepa | 1 | {straight['runs'][1]['held_out']['4']:.4f} | {gap:.4f} |" in text
+    assert Image.open(tmp_path / "straight/curves.png").width > 1000
+    assert Image.open(tmp_path / "straight/samples.png").height == 2 * (16 * 6 + 4)  # a row an arm
+
+    compare("stopped", "--arms", "sit")
+    whole, calls = convergence.measure, []
+
+    def stop(args, folder, step, distance):
+        calls.append((folder.name, step))
+        if step == 4:
+            raise KeyboardInterrupt  # trained, not yet measured
+        return whole(args, folder, step, distance)
+
+    monkeypatch.setattr(convergence, "measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compare("stopped", "--arms", "sit", "irepa")
+    assert calls == [("irepa-seed0", 2), ("irepa-seed0", 4)]
+    monkeypatch.setattr(convergence, "measure", whole)
+    resumed = compare("stopped", "--arms", "sit", "irepa")
+    for a, b in zip(straight["runs"], resumed["runs"]):
+        del a["images_per_s"], b["images_per_s"]
+        assert a == b
+    with pytest.raises(SystemExit) as exit:  # another comparison
+        compare("stopped", "--arms", "sit", "--", "--lr", "1e-3")
+    assert exit.value.code == 2
+
+
+def test_the_distance_of_equal_sets_is_zero(few, tmp_path):
+    args, _ = convergence.prepare(["--out", str(tmp_path)])
+    data = convergence.Shapes(16, 10_000)
+    distance, facts = convergence.meter(args, data, torch.device("cpu"))
+    training, held = train.split(len(data))
+    assert distance([data[training][0]]) == pytest.approx(0, abs=1e-6)
+    assert distance([data[training[:50]][0], data[training[50:]][0]]) == pytest.approx(0, abs=1e-6)
+    assert distance([255 - data[training][0]]) > 10 * distance([data[held.flatten()][0]]) > 0
+    seen, unseen = convergence.parts_of(data)
+    assert sorted([*seen, *unseen, *held.flatten()]) == list(range(200))
+    first = convergence.parts_of(range(50_000))[1][:500]  # files lie class by class: the first must not be of one class
+    assert len(np.unique(first // 5000)) == 10
+
+
+def test_a_teacher_is_learned_and_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(teachers, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(convergence, "fast_bf16", lambda device: False)
+    data, file = Shapes(16, 60), tmp_path / "new/vit.pt"
+    accuracy = convergence.learn_teacher("timm:test_vit", file, data, 2, 4, torch.device("cpu"))
+    assert 0 <= accuracy <= 1
+    teacher = load_encoder("timm:test_vit", 4, file)
+    saved, random = read_weights(file), load_encoder("timm:test_vit", 4, "random")
+    assert all(torch.equal(v, saved[k]) for k, v in teacher.model.state_dict().items())
+    images = data[np.arange(2)][0]
+    assert teacher(images).shape == (2, 16, 64) and not torch.allclose(teacher(images), random(images))
+    assert convergence.learn_teacher("timm:test_vit", file, data, 10**9, 4, torch.device("cpu")) == accuracy
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--data nowhere", "nowhere does not exist"),
+        ("--encoder nothing", "unknown encoder 'nothing'"),
+        ("--reference stats.npz", "goes with --inception"),
+        ("--learn-teacher 15", "--encoder-weights: name it"),
+        ("--learn-teacher 15 --encoder-weights nowhere", "hog has no weights"),
+        ("--learn-teacher 5 --encoder-weights nowhere", "--learn-teacher at least 10"),
+        ("--images 1", "--images is at least 2"),
+        ("-- --out elsewhere", "--out after --"),
+        ("-- --lr-schedule cosine", "need --lr-schedule constant"),
+        ("-- --steps 1", "need --lr-schedule constant, and as many --steps"),
+        ("-- --gamma", "expected one argument"),
+        ("-- --patch 3", "unrecognized arguments"),
+    ],
+)
+def test_a_mistake_in_a_comparison_is_one_sentence(few, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        convergence.main(["--out", str(tmp_path / "out"), "--device", "cpu", *flags.split()])
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,273 @@
+"""fid.py: TensorFlow's Inception and resize, metrics in closed form, and image sets of every kind."""
+
+import json
+import math
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fid
+from inputs.images import center_crop, to_rgb
+from tests.common import normal, torchrun
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """A file with the names and shapes of the released Inception, filled from the names."""
+    weights = {}
+    for name, p in fid.InceptionV3().state_dict().items():
+        if not p.is_floating_point():
+            continue  # the released file has no batch counters
+        draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape))
+        if name.endswith("conv.weight") or name == "fc.weight":
+            draw *= math.sqrt(2 / np.prod(p.shape[1:]))
+        elif name.endswith("running_var"):
+            draw = 1 + 0.1 * abs(draw)
+        else:
+            draw = 0.1 * draw + name.endswith("bn.weight")
+        weights[name] = torch.from_numpy(draw.astype(np.float32))
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(weights, path)
+    return path
+
+
+def noise_images():
+    rs = np.random.RandomState(5)
+    small = rs.randint(0, 256, size=(3, 32, 32, 3)).astype(np.uint8)
+    large = rs.randint(0, 256, size=(2, 256, 256, 3)).astype(np.uint8)
+    blocks = rs.randint(0, 256, size=(1, 8, 8, 3)).astype(np.uint8).repeat(32, 1).repeat(32, 2)
+    return [torch.from_numpy(a).permute(0, 3, 1, 2) for a in (small, large, blocks)]
+
+
+def test_inception_is_tensorflows(inception):
+    # numbers of OpenAI's evaluator on a graph with these weights
+    model = fid.InceptionV3()
+    assert len(torch.load(inception, weights_only=True)) == 472
+    model.load_state_dict(torch.load(inception, weights_only=True))
+    resized = torch.cat([fid.resize(images) for images in noise_images()])
+    some = torch.stack([resized[i, c, h, w] for i, c, h, w in ((0, 0, 1, 1), (1, 1, 149, 150), (3, 2, 297, 298))])
+    torch.testing.assert_close(some, torch.tensor([111.8586, 71.8194, 16.9031]), rtol=0, atol=1e-4)
+    folded, digest = fid.load_inception(inception)
+    assert len(digest) == 64 and not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    for network in (model, folded):
+        pool, spatial, logits = (torch.cat(part) for part in zip(*map(network, noise_images())))
+        assert pool.shape == (6, 2048) and spatial.shape == (6, 2023) and logits.shape == (6, 1008)
+        some = torch.stack([pool[i, j] for i, j in ((0, 0), (1, 777), (3, 2047), (4, 5), (5, 1024))])
+        expected = torch.tensor([0.0, 1.371389, 0.666493, 0.712859, 0.467613])
+        torch.testing.assert_close(some, expected, rtol=0, atol=2e-5)
+        places = (0, 0, 0, 0), (1, 6, 16, 3), (3, 2, 5, 9), (4, 3, 10, 0), (5, 5, 8, 16)  # image, channel, row, column
+        some = torch.stack([spatial[i, (h * 17 + w) * 7 + c] for i, c, h, w in places])
+        expected = torch.tensor([0.366499, 0.0, 0.0, 0.616447, 0.305103])
+        torch.testing.assert_close(some, expected, rtol=0, atol=2e-5)
+        some = torch.stack([logits[0, 0], logits[3, 1007], logits[5, 500]])
+        torch.testing.assert_close(some, torch.tensor([0.42913, -0.24715, -0.41308]), rtol=0, atol=3e-5)
+
+
+def test_frechet_distance_in_closed_form():
+    rs = np.random.RandomState(0)
+    a, b, mu = rs.uniform(0.5, 2, 40), rs.uniform(0.5, 2, 40), rs.standard_normal(40)
+    basis = np.linalg.qr(rs.standard_normal((40, 40)))[0]  # covariances that commute
+    expected = (mu**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    first, second = (0 * mu, basis * a @ basis.T), (mu, basis * b @ basis.T)
+    assert fid.frechet_distance(*first, *second) == pytest.approx(expected, rel=1e-10)
+    assert fid.frechet_distance(*first, *first) < 1e-6 * a.sum()
+    x, y = rs.standard_normal((30, 200)), rs.standard_normal((40, 200)) * np.linspace(0.2, 1, 200)  # rank 29 and 39
+    sides = [(f.mean(0), np.cov(f, rowvar=False)) for f in (x, y)]
+    cross = np.linalg.norm((x - x.mean(0)) @ (y - y.mean(0)).T, "nuc") / math.sqrt(29 * 39)
+    exact = ((x.mean(0) - y.mean(0)) ** 2).sum() + sides[0][1].trace() + sides[1][1].trace() - 2 * cross
+    assert fid.frechet_distance(*sides[0], *sides[1]) == pytest.approx(exact, rel=2e-6)
+    assert fid.frechet_distance(*sides[0], *sides[0]) < 1e-6 * sides[0][1].trace()
+    for bad in ((mu[:3], *second), (*first[:1], np.full((40, 40), np.nan), *second)):
+        with pytest.raises(ValueError, match="finite"):
+            fid.frechet_distance(*(*bad, *second)[:4])
+
+
+def test_moments_stream():
+    x = np.random.RandomState(0).standard_normal((103, 7)).astype(np.float32) + 5
+    moments = fid.Moments(7)
+    for part in torch.from_numpy(x).split(10):
+        moments.add(part)
+    mu, sigma = moments.result()
+    np.testing.assert_allclose(mu, x.astype(np.float64).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10, atol=1e-12)
+
+
+def test_inception_score_of_known_posteriors():
+    sure = 1e4 * torch.eye(8).repeat(5, 1)
+    assert fid.inception_score(sure) == pytest.approx(8)
+    assert fid.inception_score(torch.zeros(40, 8)) == pytest.approx(1)
+    ordered = sure[torch.arange(40).remainder(8).argsort(stable=True)]  # each split of 10 sees two classes
+    assert fid.inception_score(ordered, 10) == pytest.approx(2)
+    logits = normal(0, 30, 6).double()
+    p = logits.softmax(1)
+    kl = (p * (p / p.mean(0)).log()).sum(1).mean()
+    assert fid.inception_score(logits) == pytest.approx(kl.exp().item())
+
+
+def test_precision_and_recall():
+    line = torch.arange(10.0)[:, None]
+    assert fid.precision_recall(line, line) == (1, 1)
+    # of five samples three lie within some radius; a radius is the distance to the third neighbour, the edge included
+    samples = torch.tensor([[0.0], [9.0], [12.0], [12.1], [40.0]])
+    assert fid.precision_recall(line, samples)[0] == pytest.approx(0.6)
+    rs = np.random.RandomState(77)
+    reference, samples = rs.standard_normal((300, 16)), rs.standard_normal((200, 16)) * 0.9 + 0.15
+    features = (torch.from_numpy(f.astype(np.float32)) for f in (reference, samples))
+    assert fid.precision_recall(*features) == pytest.approx((0.88, 0.636667), abs=1e-6)  # OpenAI's evaluator on these
+    with pytest.raises(ValueError, match="more than k"):
+        fid.precision_recall(line, line[:3])
+
+
+@pytest.fixture(scope="session")
+def image_sets(tmp_path_factory):
+    """The same nine 24x20 images as npz, compressed npz, folder and zip."""
+    root = tmp_path_factory.mktemp("sets")
+    pixels = np.random.RandomState(1).randint(0, 256, (9, 20, 24, 3)).astype(np.uint8)
+    np.savez(root / "plain.npz", pixels)
+    np.savez_compressed(root / "small.npz", pixels)
+    (root / "folder/deep").mkdir(parents=True)
+    with zipfile.ZipFile(root / "all.zip", "w") as z:
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(root / f"folder/deep/{i}.PNG")
+            z.write(root / f"folder/deep/{i}.PNG", f"x/{i}.PNG")
+    return root
+
+
+@pytest.mark.parametrize("name", ["plain.npz", "small.npz", "folder", "all.zip"])
+def test_every_kind_of_image_set_is_the_same(image_sets, name):
+    images, statistics = fid.open_set(image_sets / name)
+    whole = torch.cat(list(images.batches(0, 9, 4)))
+    expected = np.load(image_sets / "plain.npz")["arr_0"]
+    assert np.array_equal(whole.permute(0, 2, 3, 1), expected) and statistics == {} and images.size == (20, 24)
+    assert torch.equal(torch.cat(list(images.batches(3, 8, 2))), whole[3:8])
+
+
+def test_the_crop_of_a_reference_is_that_of_training():
+    for width, height in ((100, 70), (33, 64), (32, 32), (20, 31), (300, 130)):
+        image = Image.fromarray(np.random.RandomState(width).randint(0, 256, (height, width, 3)).astype(np.uint8))
+        assert np.array_equal(fid.center_crop(image, 32), center_crop(image, 32))
+    deep = Image.fromarray(np.random.RandomState(0).randint(0, 65536, (9, 9)).astype(np.uint16))
+    for image in (deep, image.convert("RGBA"), image.convert("P"), image.convert("LA"), image.convert("CMYK")):
+        assert np.array_equal(fid.to_rgb(image), to_rgb(image))
+
+
+def score(*flags):
+    fid.main([*map(str, flags), "--device", "cpu"])
+
+
+def test_two_ranks_give_the_statistics_of_one(inception, image_sets, tmp_path):
+    flags = ["--inception", inception, image_sets / "folder", "--batch-size", 2, "--save-stats"]
+    score(*flags, tmp_path / "one.npz")
+    torchrun("fid.py", *flags, tmp_path / "two.npz", "--device", "cpu")
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    assert one["n"] == two["n"] == 9 and one["size"].tolist() == [20, 24] and sorted(one) == sorted(two)
+    for key in ("mu", "sigma", "mu_s", "sigma_s"):
+        np.testing.assert_allclose(two[key], one[key], rtol=1e-4, atol=1e-6)
+
+
+class Means(torch.nn.Module):
+    """In Inception's place: features that are quick to compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(2048, 5)
+
+    def forward(self, images):
+        pixels = images.float().flatten(1) / 255
+        return pixels[:, :1].expand(-1, 2048), pixels[:, -1:].expand(-1, 2023), pixels[:, :5]
+
+
+def test_the_table(image_sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "load_inception", lambda *args: (Means(), fid.HASH + "0" * 56))
+    sides = []  # a distance of 2,048 dimensions takes seconds
+    monkeypatch.setattr(fid, "frechet_distance", lambda *args: sides.append(args) or float(len(sides)))
+    score(image_sets / "plain.npz", image_sets / "all.zip", "--json", tmp_path / "out.json")
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert (record["fid"], record["sfid"], record["precision"], record["recall"]) == (1, 2, 1, 1)
+    assert record["samples"]["n"] == record["reference"]["n"] == 9 and record["not_available"] == {}
+    assert [len(w) > 0 for w in record["warnings"]] == [True] * 3  # both small, and not 50,000
+    table = capsys.readouterr().out
+    assert "FID" in table and "not comparable with published numbers" in table
+    pixels = np.load(image_sets / "plain.npz")["arr_0"].reshape(9, -1) / 255
+    assert sides[0][0] == pytest.approx(pixels[:, 0].mean()) and sides[1][3][7, 9] == pytest.approx(
+        pixels[:, -1].var(ddof=1)
+    )
+    score("--save-stats", tmp_path / "stats.npz", image_sets / "folder")
+    score(image_sets / "plain.npz", tmp_path / "stats.npz", "--json", tmp_path / "more.json")
+    record = json.loads((tmp_path / "more.json").read_text())
+    assert record["precision"] is None and "reference is statistics only" in record["not_available"]["precision"]
+    other = dict(np.load(tmp_path / "stats.npz"), inception="f" * 64, fast=True)
+    np.savez(tmp_path / "other.npz", **other)
+    with pytest.raises(SystemExit):
+        score(image_sets / "plain.npz", tmp_path / "other.npz")
+    assert "other Inception weights" in capsys.readouterr().err
+    score(tmp_path / "other.npz", tmp_path / "other.npz")  # needs no network
+    assert "made with --fast" in capsys.readouterr().out
+    stored = dict(np.load(tmp_path / "stats.npz"))  # a standard reference: statistics of more than its images
+    del stored["mu_s"], stored["sigma_s"], stored["n"]
+    stored["mu"] = stored["mu"] + 1
+    np.savez(tmp_path / "reference.npz", arr_0=np.load(image_sets / "plain.npz")["arr_0"], **stored)
+    score(image_sets / "plain.npz", tmp_path / "reference.npz", "--json", tmp_path / "third.json")
+    record = json.loads((tmp_path / "third.json").read_text())
+    assert record["precision"] == 1 and record["reference"] == dict(
+        path=str(tmp_path / "reference.npz"), n=None, images_seen=9
+    )
+    assert "mu_s" in record["not_available"]["sfid"] and np.array_equal(sides[-1][2], stored["mu"])
+
+
+BAD = {
+    "absent.npz": (None, "does not exist"),
+    "one.npz": (np.zeros((1, 8, 8, 3), np.uint8), "one image only"),
+    "float.npz": (np.zeros((4, 8, 8, 3), np.float32), "arr_0 is float32"),
+    "nchw.npz": (np.zeros((4, 3, 8, 8), np.uint8), r"arr_0 is uint8 [4, 3, 8, 8]"),
+    "small.npz": (np.zeros((4, 8, 8, 3), np.uint8), "image sizes differ"),
+    "mu.npz": (dict(mu=np.zeros(2048)), "mu and sigma have shapes"),
+    "nan.npz": (dict(mu=np.full(2048, np.nan), sigma=np.zeros((2048, 2048))), "not finite"),
+    "cut.npz": (b"PK", "truncated"),
+    "text.npz": (b"hello", "cannot be used"),
+    "broken": ({"a.png": b"\x89PNG", "b.png": b""}, "broken/a.png cannot be read"),
+    "sizes": ({"a.png": (24, 20), "b.png": (24, 20), "c.png": (24, 21)}, "sizes/c.png is 24x21"),
+    "empty": ({"notes.txt": b"none"}, "holds no images"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_image_set_is_named(image_sets, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(fid, "load_inception", lambda *args: (Means(), "0" * 64))
+    content, message = BAD[name]
+    path = tmp_path / name
+    if isinstance(content, dict) and "." not in name:
+        path.mkdir()
+        for file, data in content.items():
+            (path / file).write_bytes(data) if isinstance(data, bytes) else Image.new("RGB", data).save(path / file)
+    elif isinstance(content, bytes):
+        path.write_bytes((image_sets / "plain.npz").read_bytes()[:3000] if content == b"PK" else content)
+    elif content is not None:
+        np.savez(path, **content) if isinstance(content, dict) else np.savez(path, content)
+    with pytest.raises(SystemExit) as stop:
+        score(image_sets / "plain.npz", path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and name in error and "Traceback" not in error
+
+
+def test_weights_that_are_absent_or_wrong_are_named(image_sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    torch.save({"fc.weight": torch.ones(3)}, tmp_path / "wrong.pth")
+    for flags, message in (
+        ([], f"put it at {tmp_path}/hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"),
+        (["--inception", tmp_path / "absent.pth"], "no such file"),
+        (["--inception", tmp_path / "wrong.pth"], "wrong.pth does not hold"),
+        (["--image-size", 8], "goes with --save-stats"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            score(image_sets / "plain.npz", image_sets / "folder", *flags)
+        assert stop.value.code == 2 and message in capsys.readouterr().err

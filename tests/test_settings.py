@@ -1,0 +1,101 @@
+"""plumbing/settings.py: flags over presets over defaults, each knob once, and each mistake in one sentence."""
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from plumbing.flags import comments_of
+from plumbing.methods import method_named, method_names
+from plumbing.settings import FOUND, Run, network_config, resolve
+from tests.common import RUN, refused, run, settings
+
+
+def network(*flags):
+    run, method, _ = resolve(["--out", "not/there", *flags])
+    return network_config(run, method)
+
+
+def test_flags_win_over_presets_and_presets_over_defaults(capsys):
+    def five(*flags):
+        config = network("--image-size", "32", "--model", "SiT-S/4", *flags)
+        return config.projector, config.kernel_size, config.gamma, config.proj_coeff, config.encoder_depth
+
+    assert five() == five("--method", "irepa") == ("conv", 3, 0.6, 1.0, 4)
+    assert five("--method", "repa") == ("mlp", 3, None, 0.5, 4)
+    assert five("--method", "sit")[0] is None
+    assert five("--gamma", "0.8", "--method", "repa", "--proj-coeff", "1") == ("mlp", 3, 0.8, 1.0, 4)
+    assert five("--kernel-size", "1", "--gamma", "none", "--encoder-depth", "7") == ("conv", 1, None, 1.0, 7)
+    assert five("--depth", "2")[4] == 2
+    assert network("--image-size", "32", "--model", "SiT-L/4").encoder_depth == 8
+    args = settings("--encoder", "dinov2_vitb14")  # the paper's
+    assert (args.model, args.image_size, args.batch_size, args.lr, args.clip) == ("SiT-XL/2", 256, 256, 1e-4, 1.0)
+    assert (args.ema, args.steps, args.data, args.warmup) == (0.9999, 400_000, "data/imagenet/train", 0)
+    assert settings("--demo", "--steps", "7").steps == 7
+    assert network("--demo", "--model", "SiT-B/8").hidden_size == 768 and network("--demo").hidden_size == 192
+    assert network("--demo", "--depth", "1").encoder_depth == 1
+    with pytest.raises(ValueError, match="leave --data"):
+        settings("--demo", "--data", "photos")
+    with pytest.raises(SystemExit) as stop:
+        settings("--kernel", "3", "--lerning-rate", "1")
+    assert stop.value.code == 2 and "--lerning-rate" in capsys.readouterr().err
+
+
+def test_each_field_is_a_flag_with_its_comment_as_help(capsys):
+    for name in method_names():
+        method = method_named(name)
+        with pytest.raises(SystemExit) as stop:
+            resolve(["--method", name, "--help"])
+        shown = capsys.readouterr().out
+        own = [field.name for field in fields(method.Config)]
+        assert stop.value.code == 0 and {*FOUND} <= {*own}
+        for part, left_out in ((Run, ["network"]), (method.Config, FOUND)):
+            comments = comments_of(part)
+            for field in fields(part):
+                if field.name in left_out or (field.name == "align" and name in ("irepa", "repa", "sit")):
+                    assert not re.search(rf"--{field.name.replace('_', '-')}\b[^-]", shown), (name, field.name)
+                    continue
+                text = comments[field.name][1]  # a field without a comment would be no flag, and not be missed
+                assert text and re.search(rf"^  --{field.name.replace('_', '-')}\b", shown, re.M), (name, field.name)
+                assert text[:60].split("(")[0].strip() in " ".join(shown.split()), (name, field.name)
+
+
+def test_a_flag_of_another_method_is_unknown(capsys):
+    for flags in ("--omega 2", "--method irepa --omega 2", "--method jit --lpips none", "--align repa"):
+        with pytest.raises(SystemExit) as stop:
+            settings(*flags.split())
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"unrecognized arguments: {' '.join(flags.split()[-2:])}" in error
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--data nowhere", "nowhere does not exist"),
+        ("--image-size 18", "18 is not a multiple of patch_size 4"),
+        ("--batch-size 9 --accumulate 2", "does not divide"),
+        ("--model SiT-M/4", "there are SiT-S/1"),
+        ("--method jitter", "--method is one of irepa, repa, sit, "),
+        ("--method meanflow --align jepa", "--align is one of irepa, repa, none, not jepa"),
+        ("--path straight", "path is linear or cosine, not 'straight'"),
+        ("--projector lin", "projector is conv, mlp, linear or none, not lin"),
+        ("--precision fp16", "--precision is auto or bf16 or fp32, not fp16"),
+        ("--lr-schedule step", "--lr-schedule is constant or cosine, not step"),
+        ("--encoder nothing", "unknown encoder"),
+        ("--depth 4 --encoder-depth 5", "encoder_depth 5"),
+        ("--resume", "does not exist"),
+        ("--device tpu9", "cannot be used"),
+        ("--steps 0", "must be positive"),
+        ("--lr nan", "must be positive"),
+        ("--seed -1", "--seed must not be negative, and is -1"),
+        ("--kernel-size 0", "must be positive"),
+        ("--image-size 4 --model SiT-S/2", "at least 8 px"),
+        ("--image-size 512 --vae none", "16384 tokens"),
+        ("--image-size 12 --latents cache", "--latents goes with a --vae"),
+        ("--vae nowhere", "neither a file or folder"),
+        ("--image-size 132", "VAE's factor 8"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_exit_2(photos, tmp_path, capsys, flags, message):
+    error = refused(capsys, run, *RUN, "--data", photos, "--out", tmp_path / "run", *flags.split())
+    assert message in error and not (tmp_path / "run").exists()

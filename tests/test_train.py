@@ -1,0 +1,294 @@
+"""train.py: the same run however it is stopped, split over processes or disturbed."""
+
+import argparse
+import gc
+import json
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from inputs.formats import Folder
+from irepa import Sampling
+from plumbing import records
+from tests.common import (
+    HERE,
+    RUN,
+    black_and_white,
+    plant,
+    refused,
+    rows_of,
+    run,
+    run_sample,
+    same_weights,
+    settings,
+    torchrun,
+    weights,
+)
+
+
+def test_batches_cover_epochs_and_do_not_depend_on_ranks():
+    nine, few = settings("--batch-size", "8", "--steps", "9"), settings("--batch-size", "8", "--steps", "3")
+    whole = np.concatenate(list(train.batches(np.arange(24), nine, 0, 0, 1)))
+    for epoch in range(3):
+        assert sorted(whole[24 * epoch : 24 * epoch + 24]) == list(range(24))
+    parted = settings("--batch-size", "8", "--steps", "9", "--accumulate", "2")
+    ranks = [list(train.batches(np.arange(24), parted, 0, rank, 2)) for rank in range(2)]
+    assert np.array_equal(np.concatenate([part for pair in zip(*ranks) for part in pair]), whole)
+    later = np.concatenate(list(train.batches(np.arange(24), nine, 5, 0, 1)))
+    assert np.array_equal(later, whole[40:])
+    repeated = np.concatenate(list(train.batches(np.arange(3), few, 0, 0, 1)))
+    assert len(repeated) == 24 and np.bincount(repeated).tolist() == [8, 8, 8]
+
+
+def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, capsys):
+    flags = [*RUN, "--data", photos, "--seed", 3, "--sample-every", 0]
+    run(*flags, "--steps", 6, "--out", tmp_path / "straight")
+    run(*flags, "--steps", 3, "--out", tmp_path / "stopped")
+    again = "--resume", "--out", tmp_path / "stopped"
+    assert "stopped exists; --resume continues it" in refused(capsys, run, *flags, "--out", tmp_path / "stopped")
+    # the order of the data would be another; another network
+    assert "batch_size 8, not 4" in refused(capsys, run, *again, "--steps", 6, "--batch-size", 4)
+    assert "was started with projector conv, not mlp" in refused(capsys, run, *again, "--steps", 6, "--method", "repa")
+    run(*again, "--steps", 6)  # the other settings come from the run
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "stopped"))
+    for which in ("model", "ema"):
+        assert same_weights(a[which], b[which])
+    for i, state in a["opt"]["state"].items():
+        assert all(torch.equal(v, b["opt"]["state"][i][k]) for k, v in state.items())
+    assert any((a["ema"][k] != v).any() for k, v in a["model"].items()) and a["classes"] == ["cats", "dogs"]
+    (tmp_path / "straight/last.pt").rename(tmp_path / "kept.pt")  # as a run stopped before its first checkpoint
+    assert json.loads((tmp_path / "straight/config.json").read_text())["device"] == "cpu"
+    assert "nothing to do" in refused(capsys, run, *again, "--steps", 6)
+    run("--resume", "--out", tmp_path / "straight")
+    assert same_weights(a["model"], weights(tmp_path / "straight"))
+    rows = [rows_of(tmp_path / name) for name in ("straight", "stopped")]
+    assert [r["step"] for r in rows[0]] == [2, 4, 6] and [r["step"] for r in rows[1]] == [2, 3, 4, 6]
+    assert rows[0][-1]["held_out"] == rows[1][-1]["held_out"]
+
+
+def test_two_ranks_equal_one_process(photos, tmp_path):
+    flags = [*RUN, "--data", photos, "--out"]
+    run(*flags, tmp_path / "one")
+    run(*flags, tmp_path / "parts", "--accumulate", 2)
+    done = torchrun("train.py", *flags, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("parts", "two"):
+        for k, v in weights(tmp_path / "one").items():
+            # of steps of 1e-3: where a gradient is near Adam's epsilon, its rounding shows
+            torch.testing.assert_close(weights(tmp_path / name)[k], v, rtol=1e-4, atol=2e-5)
+    rows = [rows_of(tmp_path / name)[-1] for name in ("one", "two")]
+    for key in ("loss", "denoise", "align", "held_out", "grad_norm"):
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4)
+    few = ["--ckpt", tmp_path / "two/last.pt", "--num-images", 5, "--steps", 3, "--npz"]
+    torchrun("sample.py", *few, tmp_path / "two.npz")
+    run_sample(*few, tmp_path / "one.npz")
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    assert np.array_equal(one["labels"], two["labels"])
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_step_is_not_applied(photos, tmp_path, monkeypatch, capsys, poison):
+    def act(step, losses):
+        if step in bad:
+            losses["loss"] = losses["loss"] * poison
+
+    bad = [3]
+    plant(monkeypatch, act)
+    run(*RUN, "--data", photos, "--steps", 4, "--ckpt-every", 1, "--keep", 3, "--out", tmp_path / "one")
+    third, fourth = (torch.load(tmp_path / f"one/step-000000{n}.pt", weights_only=True) for n in (3, 4))
+    assert same_weights(third["model"], fourth["model"])
+    assert not (tmp_path / "one/step-0000001.pt").exists()
+    last = rows_of(tmp_path / "one")[-1]
+    assert last["skipped"] == 1 and math.isfinite(last["loss"]) and all(map(math.isfinite, last.values()))
+
+    monkeypatch.undo()
+    bad = range(3, 99)
+    plant(monkeypatch, act)
+    monkeypatch.setattr(records, "PATIENCE", 3)
+    flags = [*RUN, "--data", photos, "--steps", 20, "--ckpt-every", 4, "--seed", 5, "--sample-every", 0]
+    message = refused(capsys, run, *flags, "--out", tmp_path / "many")
+    assert "in 3 steps in a row from step 3 on" in message
+    data, args = Folder(photos, 16, progress=False), argparse.Namespace(seed=5, batch_size=8)
+    for i in train.batch_at(3, train.split(24)[0], args, {}):
+        assert data.files[i] in message
+    state = torch.load(tmp_path / "many/last.pt", weights_only=True)
+    assert state["step"] == 4  # the step before the last was the last that counted
+    assert all(torch.isfinite(v).all() for w in ("model", "ema") for v in state[w].values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_exits_75(photos, tmp_path, monkeypatch, capsys, number):
+    flags = [*RUN, "--data", photos, "--workers", 2, "--ckpt-every", 100, "--sample-every", 0]
+    run(*flags, "--out", tmp_path / "straight")
+    plant(monkeypatch, lambda step, _: step == 1 and os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, "--out", tmp_path / "stopped")
+    assert stop.value.code == 75 and "after step 2" in capsys.readouterr().out
+    assert signal.getsignal(number) == before and torch.load(tmp_path / "stopped/last.pt")["step"] == 2
+    run("--resume", "--out", tmp_path / "stopped")
+    assert same_weights(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
+
+
+def test_all_ranks_stop_after_the_same_step(photos, tmp_path):
+    script = tmp_path / "signalled.py"
+    script.write_text(
+        "import os, signal, sys\nimport irepa, train\nloss, calls = irepa.loss, []\n"
+        "def planted(*args, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return loss(*args, **kwargs)\n"
+        "irepa.loss = planted\ntrain.main(sys.argv[1:])\n"
+    )
+    flags = ["--data", photos, "--steps", 200, "--log-every", 200, "--ckpt-every", 200, "--out", tmp_path / "run"]
+    done = torchrun(script, *RUN, *flags)
+    assert "exitcode  : 75" in done.stderr and "stopped by a signal after step 3" in done.stdout
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 3
+    script.write_text(script.read_text().replace("signal.SIGTERM", "signal.SIGKILL"))
+    done = torchrun(script, "--resume", "--out", tmp_path / "run")  # a rank that dies takes the others along
+    assert done.returncode and "Signal 9" in done.stderr
+
+
+def test_a_full_disk_loses_no_checkpoint(photos, tmp_path, monkeypatch, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    plant(monkeypatch, lambda step, _: step == 3 and resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1])))
+    try:
+        with pytest.raises(SystemExit, match="step 6 could not be saved"):
+            run(*RUN, "--data", photos, "--steps", 6, "--out", tmp_path / "run", "--sample-every", 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "last.pt cannot be written (" in capsys.readouterr().err
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 3
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    run("--resume", "--out", tmp_path / "run")
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 6
+
+
+def test_a_damaged_checkpoint_is_named_with_the_newest_good_one(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(*RUN, "--data", photos, "--ckpt-every", 1, "--keep", 2, "--out", out, "--sample-every", 0)
+    assert sorted(file.name for file in out.glob("*.pt")) == ["last.pt", "step-0000003.pt", "step-0000004.pt"]
+    for damaged in (out / "step-0000004.pt", out / "last.pt"):
+        whole = damaged.read_bytes()
+        damaged.unlink()
+        damaged.write_bytes(whole[: len(whole) // 2])
+    torch.save(dict(step=3), out / "step-0000009.pt")  # foreign
+    message = refused(capsys, run, "--resume", "--out", out, "--steps", 5)
+    assert "last.pt is damaged" in message and "good one is" in message
+    assert f"{out}/step-0000003.pt: copy it to {out}/last.pt" in message
+    shutil.copy(out / "step-0000003.pt", out / "last.pt")
+    run("--resume", "--out", out, "--steps", 4)
+
+
+def test_a_second_run_in_one_folder_is_refused(photos, tmp_path, capsys):
+    out, hold = tmp_path / "run", "import sys, plumbing.files as f; h = f.lock(sys.argv[1]); print(1); input()"
+    run(*RUN, "--data", photos, "--out", out, "--sample-every", 0)
+    torch.save(torch.load(out / "last.pt"), tmp_path / "m.pt")
+    (tmp_path / "s.npz.parts").mkdir()
+    for folder, call in (
+        (out, lambda: run("--resume", "--out", out, "--steps", 5)),
+        (
+            tmp_path / "s.npz.parts",
+            lambda: run_sample("--ckpt", out / "last.pt", "--num", 1, "--npz", tmp_path / "s.npz"),
+        ),
+    ):
+        command = [sys.executable, "-c", hold, folder]
+        other = subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        other.stdout.readline()
+        assert "another process is writing to" in refused(capsys, call)
+        other.kill()  # however it ends
+        other.wait()
+        call() if folder == out else None
+
+
+def test_the_average_keeps_no_history():
+    model = torch.nn.Linear(3, 2)
+    ema = torch.nn.Linear(3, 2).requires_grad_(False)
+    start, opt = ema.weight.clone(), torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(torch.ones(1, 3)).sum().backward()
+    train.update(dict(model=model), dict(model=opt), [], 1.0, 0.1)
+    train.average(ema, model, 0.9)
+    torch.testing.assert_close(ema.weight, 0.9 * start + 0.1 * model.weight.detach())
+    assert not ema.weight.requires_grad and ema.weight.grad_fn is None  # or memory grows with each step
+
+
+def test_no_process_or_file_is_left_behind(photos, tmp_path):
+    def counted():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(multiprocessing.active_children())
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("open files are counted in /proc")
+    sets = [tmp_path / "z.zip", photos]
+    with zipfile.ZipFile(sets[0], "w") as z:
+        for file in Folder(photos, 16, progress=False).files:
+            z.write(photos / file, file)
+    counts = []
+    for n in range(4):
+        run(*RUN, "--data", sets[n % 2], "--workers", 2 * (n % 2), "--out", tmp_path / f"{n}", "--sample-every", 0)
+        counts.append(counted())
+    assert counts[1] == counts[2] == counts[3] and counts[3][1] == 0
+
+
+@pytest.mark.parametrize("method", ["irepa", "sit"])
+def test_a_tiny_run_overfits(tmp_path, method):
+    few = black_and_white(tmp_path / "few", 2, 16)
+    flags = f"--method {method} --model SiT-S/2 --hidden-size 64 --steps 150 --lr 3e-3 --ema 0.9 --log-every 50"
+    run(*RUN, "--data", few, "--out", tmp_path / "run", *flags.split())
+    rows = rows_of(tmp_path / "run")
+    assert rows[-1]["denoise"] < 0.25 < 0.4 < rows[0]["denoise"]
+    if method == "sit":
+        assert rows[-1]["align"] == 0
+    model, _ = sample.load_checkpoint(tmp_path / "run/last.pt")
+    x = sample.generate(model, torch.tensor([0, 1] * 4), range(8), how=Sampling("heun", 20)).mean((1, 2, 3))
+    assert (x[0::2] < -0.6).all() and (x[1::2] > 0.6).all()
+
+
+def test_demo_then_sample(tmp_path, capsys):
+    out = tmp_path / "demo"
+    small = "--steps 4 --batch-size 8 --hidden-size 32 --num-heads 2 --depth 2 --log-every 2 --sample-every 4"
+    run("--demo", "--out", out, "--device", "cpu", "--ckpt-every", 4, *small.split())
+    assert f"python sample.py --ckpt {out}/last.pt" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert config["steps"] == 4 and config["torch"] == torch.__version__ and "git_commit" in config
+    row = rows_of(out)[-1]
+    assert {"step", "loss", "denoise", "align", "held_out", "grad_norm", "lr", "images_per_s"} <= row.keys()
+    grid = Image.open(out / "samples/step-0000004.png")
+    assert grid.height >= 10 * 96 and (out / "curves.png").stat().st_size > 10_000
+    common = ["--ckpt", out / "last.pt", "--steps", 2]
+    run_sample(*common)
+    run_sample(*common)  # another run takes another name
+    grids = sorted(out.glob("last-*.png"))
+    assert len(grids) == 2 and all(Image.open(g).height >= 10 * 96 for g in grids)
+    run_sample(*common, "--num", 13, "--npz", tmp_path / "s.npz", "--labels", "balanced", "--batch-size", 5)
+    data = np.load(tmp_path / "s.npz")
+    assert data["arr_0"].shape == (13, 32, 32, 3) and data["arr_0"].dtype == np.uint8
+    assert data["labels"].tolist() == [*range(10), 0, 1, 2]
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert record["step"] == 4 and record["cfg"] == 1.0 and len(record["checkpoint_sha256"]) == 64
+    run_sample(*common, "--num", 3, "--out-dir", tmp_path / "pngs", "--labels", "3,7")
+    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    for flags, message in (
+        (["--npz", tmp_path / "s.npz", "--num", 2], "s.npz exists and is left as it is"),
+        (["--npz", "new.npz"], "say how many images"),
+        (["--labels", 12], "classes are 0 to 9"),
+        (["--steps", 0], "must be at least 1"),
+    ):
+        assert message in refused(capsys, run_sample, *common, *flags)
+    assert asdict(sample.load_checkpoint(out / "last.pt")[1]) == config["config"]
