@@ -1,6 +1,6 @@
 """Command lines from dataclasses: a field is a flag, its default the default, and the comment behind it the help.
 
-A comment on a line of its own is the heading of the flags below it.
+A comment on a line of its own is the heading of the flags below it; a field without a comment is no flag.
 """
 
 import argparse

@@ -1,0 +1,106 @@
+"""The house: who may import whom, what stands at the top of a file, who names a variant, and how long files may be."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent
+# from the bottom up: a file imports from rooms below its own, and within its room without a circle
+ROOMS = [
+    {"irepa", "fid", "plumbing.files", "plumbing.processes", "plumbing.flags", "plumbing.methods"},
+    {"inputs"},
+    {"variants"},
+    {"plumbing"},
+    {"sample"},
+    {"train"},
+    {"experiments"},
+]
+LINES = {
+    "irepa.py": 450,
+    "train.py": 350,
+    "sample.py": 320,
+    "fid.py": 560,
+    "test_irepa.py": 600,
+    "variants/repa_e.py": 300,
+    "README.md": 260,
+}
+FILES = [
+    file
+    for file in sorted(HERE.rglob("*.py"))
+    if not {".venv", "runs", "data"} & set(file.relative_to(HERE).parts) and "site-packages" not in file.parts
+]
+CODE = [file for file in FILES if "tests" not in file.parts and file.name != "test_irepa.py"]
+
+
+def module_of(file):
+    return ".".join(file.relative_to(HERE).with_suffix("").parts)
+
+
+def room_of(module):
+    """The lowest room that names the module, or its folder."""
+    return next(i for i, room in enumerate(ROOMS) if module in room or module.split(".")[0] in room)
+
+
+def imports_of(file):
+    """-> ({modules of ours at the top of the file}, {modules of ours inside of functions})."""
+    tree, ours = ast.parse(file.read_text()), {module_of(f) for f in FILES}
+    at_top = {id(node) for node in tree.body}
+    top, late = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        (top if id(node) in at_top else late).update(ours.intersection(names))
+    return top, late
+
+
+@pytest.mark.parametrize("file", CODE, ids=module_of)
+def test_imports_go_one_way(file):
+    top, late = imports_of(file)
+    own = module_of(file)
+    assert not late, f"{own} imports {late} inside a function"
+    above = {other for other in top if room_of(other) > room_of(own)}
+    assert not above, f"{own} imports {above}, which stand above it"
+    if own in ("irepa", "fid"):
+        assert not top
+
+
+def test_no_circle():
+    graph = {module_of(file): set.union(*imports_of(file)) for file in CODE}
+    while leaves := [name for name, below in graph.items() if not below]:
+        for name in leaves:
+            del graph[name]
+        graph = {name: below.difference(leaves) for name, below in graph.items()}
+    assert not graph, f"a circle among {sorted(graph)}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_imports_stand_at_the_top(file):
+    text = file.read_text()
+    if file.name != Path(__file__).name:
+        assert "noqa" not in text and "sys.path" not in text
+    body = ast.parse(text).body
+    kinds = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in body[1:]]  # behind the docstring
+    assert ast.get_docstring(ast.parse(text)) and not any(b and not a for a, b in zip(kinds, kinds[1:]))
+
+
+@pytest.mark.parametrize("file", CODE, ids=module_of)
+def test_no_other_file_names_a_variant(file):
+    if "variants" not in file.parts:
+        names = "|".join(f.stem.replace("_", "[-_ ]?") for f in (HERE / "variants").glob("*.py"))
+        assert not re.findall(rf"(?i)\b(?:{names})\b", file.read_text())
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_files_for_reading_stay_short(name):
+    assert len((HERE / name).read_text().splitlines()) <= LINES[name]
+
+
+def test_the_loop_fits_on_a_page():
+    loop = next(n for n in ast.parse((HERE / "train.py").read_text()).body if getattr(n, "name", "") == "train")
+    assert loop.end_lineno - loop.lineno < 90

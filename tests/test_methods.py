@@ -1,0 +1,83 @@
+"""plumbing/methods.py: a new method is one new file in variants/."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from plumbing.methods import method_named, method_names
+from tests.common import HERE, refused, rows_of, run
+
+HUBER = '''"""A Huber loss in place of the squared error."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+import irepa
+
+DEMO = dict(out="runs/huber-demo", warmup=0)
+
+
+@dataclass
+class Config(irepa.Config):
+    delta: float = 1.0  # errors beyond it count linearly
+
+
+def loss(model, x, y, target, config, generator=None, part=(0, 1)):
+    t, noise, y = irepa.training_draws(model, x, y, config, generator, part)
+    x_t, velocity = irepa.interpolate(x, noise, t, config.path)
+    v, h = model(x_t, t, y)
+    return irepa.with_alignment(F.huber_loss(v.float(), velocity, delta=config.delta), h, target, config)
+'''
+DEMO = (
+    "--demo --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --log-every 1 --sample-every 0 --device cpu".split()
+)
+
+
+def sums(root):
+    """What lies in a tree, but for what Python and a run put there -> {name: hash}."""
+    files = (f for f in root.rglob("*") if f.is_file() and not {"__pycache__", "runs"} & set(f.parts))
+    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def test_a_new_method_is_one_new_file(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("plumbing", "inputs", "variants"):
+        shutil.copytree(HERE / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("irepa.py", "train.py", "sample.py"):
+        shutil.copy(HERE / name, tree / name)
+    before = sums(tree)
+    (tree / "variants/huber.py").write_text(HUBER)
+
+    def call(program, *flags, code=0):
+        env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH="")
+        command = [sys.executable, program, *map(str, flags)]
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        return done.stdout + done.stderr
+
+    assert "--delta" in call("train.py", "--method", "huber", "--help")
+    assert "unrecognized arguments: --delta" in call("train.py", *DEMO, "--method", "irepa", "--delta", 0.1, code=2)
+    call("train.py", *DEMO, "--method", "huber", "--delta", 0.1, "--steps", 2)
+    call("train.py", "--resume", "--out", "runs/huber-demo", "--steps", 3)
+    checkpoint = torch.load(tree / "runs/huber-demo/last.pt", weights_only=True)
+    assert checkpoint["step"] == 3 and checkpoint["config"]["delta"] == 0.1
+    rows = rows_of(tree / "runs/huber-demo")
+    assert len(rows) == 3 and all(row["denoise"] < 0.1 for row in rows)  # about 0.1 (|e| - 0.05), not e^2, which is 1
+    call(
+        "sample.py", "--ckpt", "runs/huber-demo/last.pt", "--num", 2, "--steps", 2, "--device", "cpu", "--npz", "s.npz"
+    )
+    assert (tree / "s.npz").exists()
+    after = sums(tree)
+    assert {name: after[name] for name in before} == before
+
+
+def test_unknown_methods_are_named(capsys):
+    with pytest.raises(ValueError, match=f"one of {', '.join(method_names())}, not jitter"):
+        method_named("jitter")
+    assert "--method is one of" in refused(capsys, run, "--method", "jitter")
