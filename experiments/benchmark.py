@@ -203,96 +203,105 @@ def data(args, device):
 # ---- The official release ----
 
 
+class Theirs:
+    """The official network in the loop that they train with, on the weights, the teacher and the batch of our Step."""
+
+    def __init__(self, release, name, ours):
+        sys.path.insert(0, str(Path(release) / "ldm"))  # their modules lie there, in no package
+        try:
+            from loss import SILoss
+            from models.sit import SiT_models
+            from samplers import euler_maruyama_sampler
+            from utils import SpatialNormalization
+        except ImportError as e:
+            raise ValueError(f"--release {release} is no checkout of the official code ({e})") from e
+        kinds = dict(projection_layer_type="conv", proj_kwargs_kernel_size=3, fused_attn=True, qk_norm=False)
+        net = SiT_models[name](
+            input_size=32, in_channels=4, num_classes=1000, use_cfg=True, z_dims=[ours.encoder.dim],
+            encoder_depth=ours.config.encoder_depth, **kinds,
+        )  # fmt: skip
+        try:
+            net.load_state_dict(ours.model.state_dict())
+        except RuntimeError as e:  # its S sizes have a last layer of width 768, and cannot run
+            raise ValueError(f"the release's {name} is another network: {one_line(e)[:300]}") from e
+        self.net, self.ours = net.to(ours.device).train(), ours
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+        self.opt = torch.optim.AdamW(self.net.parameters(), lr=1e-4, weight_decay=0.0)
+        self.criterion = SILoss(projection_loss_type="cosine", proj_coeff="1.0")
+        self.normal, self.solve = SpatialNormalization("zscore"), euler_maruyama_sampler
+        # they keep its weights in float32, for autocast to cast; its attention is ours, on a CPU plain products
+        self.teacher = copy.deepcopy(ours.encoder).float()
+
+    def losses(self, net, x, y, tokens):
+        denoise, align, _ = self.criterion(net, x, dict(y=y), zs=[self.normal(tokens, zscore_alpha=0.6)])
+        return denoise.mean(), align.mean()
+
+    def step(self, net):
+        """One of theirs, by self.net or a compiled form of it."""
+        ours = self.ours
+        with torch.autocast(ours.device.type, torch.bfloat16, enabled=fast_bf16(ours.device)):
+            denoise, align = self.losses(net, ours.x, ours.y, self.teacher(ours.images))
+            loss = denoise + align
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for slow, fast in zip(self.ema.parameters(), self.net.parameters()):
+                slow.mul_(0.9999).add_(fast, alpha=1e-4)
+        return loss.item()
+
+    @torch.no_grad()
+    def samples(self, noise, steps):
+        return self.solve(self.ema.eval(), noise, self.ours.y, num_steps=steps).sum().item()
+
+
+def same_losses(name, ours, theirs):
+    """The same weights, draws and target give the same losses, on the CPU in float32."""
+    x, y = ours.x.cpu()[:4], ours.y.cpu()[:4]
+    tokens = ours.encoder(ours.images[:4]).cpu()
+    torch.manual_seed(1)
+    wanted = theirs.losses(copy.deepcopy(theirs.net).cpu(), x, y, tokens)
+    found = irepa_loss(copy.deepcopy(ours.model).cpu(), x, y, tokens, ours.config, torch.Generator().manual_seed(1))
+    pairs = [(a.item(), found[term].item()) for a, term in zip(wanted, ("denoise", "align"))]
+    print(f"{name}: losses, theirs and ours: {pairs}")
+    assert all(abs(a - b) < 1e-4 * max(1, abs(a)) for a, b in pairs)
+
+
 def official(args, device):
     """Their network, loss, spatial norm and sampler in the loop that they train with, on our weights and teacher."""
-    sys.path.insert(0, str(Path(args.release) / "ldm"))
-    try:
-        from loss import SILoss
-        from models.sit import SiT_models
-        from samplers import euler_maruyama_sampler
-        from utils import SpatialNormalization
-    except ImportError as e:
-        raise ValueError(f"--release {args.release} is no checkout of the official code ({e})") from e
-    teacher = random_teacher(args, device)
-    rows = []
+    teacher, rows = random_teacher(args, device), []
     for name in args.models:
         ours = Step(name, args, device, teacher, args.compile)
         with torch.no_grad():  # a new model's gates are 0: nothing to compare
             for p in ours.opt.param_groups[0]["params"]:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=0.02)
-        kinds = dict(projection_layer_type="conv", proj_kwargs_kernel_size=3, fused_attn=True, qk_norm=False)
-        theirs = SiT_models[name](
-            input_size=32, in_channels=4, num_classes=1000, use_cfg=True, z_dims=[teacher.dim],
-            encoder_depth=ours.config.encoder_depth, **kinds,
-        )  # fmt: skip
-        try:
-            theirs.load_state_dict(ours.model.state_dict())
-        except RuntimeError as e:  # its S sizes have a last layer of width 768, and cannot run
-            raise ValueError(f"the release's {name} is another network: {one_line(e)[:300]}") from e
-        theirs = theirs.to(device).train()
-        average = copy.deepcopy(theirs).requires_grad_(False)
-        criterion = SILoss(projection_loss_type="cosine", proj_coeff="1.0")
-        normal = SpatialNormalization("zscore")
-
-        # the same weights, draws and target: the same losses
-        x, y, images = (v.cpu()[:4] for v in (ours.x, ours.y, ours.images))
-        target = teacher(images.to(device)).cpu()
-        torch.manual_seed(1)
-        denoise, align, _ = criterion(theirs.cpu(), x, dict(y=y), zs=[normal(target, zscore_alpha=0.6)])
-        mine = irepa_loss(ours.model.cpu(), x, y, target, ours.config, torch.Generator().manual_seed(1))
-        pairs = (denoise.mean().item(), mine["denoise"].item()), (align.item(), mine["align"].item())
-        print(f"{name}: losses, theirs and ours: {pairs}")
-        assert all(abs(a - b) < 1e-4 * max(1, abs(a)) for a, b in pairs)
-
-        theirs, _ = theirs.to(device), ours.model.to(device)
-        opt = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.0)
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
-        # they keep its weights in float32, for autocast to cast; its attention is ours, on a CPU plain products
-        full = copy.deepcopy(teacher).float()
-
-        def their_step(net):
-            with torch.no_grad(), autocast:
-                zs = [normal(full(ours.images), zscore_alpha=0.6)]
-            with autocast:
-                denoise, align, _ = criterion(net, ours.x, dict(y=ours.y), zs=zs)
-                loss = denoise.mean() + align.mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for slow, fast in zip(average.parameters(), theirs.parameters()):
-                    slow.mul_(0.9999).add_(fast, alpha=1e-4)
-            return loss.item()
-
-        noise, labels = torch.randn(args.batch_size, 4, 32, 32, device=device), ours.y
-
-        def their_samples():
-            average.eval()
-            with torch.no_grad():
-                return euler_maruyama_sampler(average, noise, labels, num_steps=args.steps).sum().item()
+        theirs = Theirs(args.release, name, ours)
+        same_losses(name, ours, theirs)
+        noise = torch.randn(args.batch_size, 4, 32, 32, device=device)
+        sampled = copy.deepcopy(ours.ema)
+        sampled.projectors = torch.nn.ModuleList()  # sample.py loads none
+        compile_blocks(sampled, args.compile)
 
         def our_samples(bf16):
             torch.set_float32_matmul_precision("high")
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                x = generate(sampled, labels.cpu(), range(len(labels)), how=Sampling(steps=args.steps))
+                x = generate(sampled, ours.y.cpu(), range(len(ours.y)), how=Sampling(steps=args.steps))
             return x.sum().item()
 
-        sampled = copy.deepcopy(ours.ema)
-        sampled.projectors = torch.nn.ModuleList()  # sample.py loads none
-        compile_blocks(sampled, args.compile)
-        count = args.batch_size
-        rivals = {"training step": theirs, "training step, theirs compiled": torch.compile(theirs)}
-        rivals = {what: functools.partial(their_step, net) for what, net in rivals.items()}
+        rivals = {"training step": theirs.net, "training step, theirs compiled": torch.compile(theirs.net)}
+        rivals = {what: functools.partial(theirs.step, net) for what, net in rivals.items()}
         seconds = windows({**rivals, "ours": ours}, args.windows, device)
         pairs = [(what, seconds[what], seconds["ours"]) for what in rivals]
-        rivals = {"theirs": their_samples, "ours": lambda: our_samples(False), "bf16": lambda: our_samples(True)}
+        rivals = {"theirs": lambda: theirs.samples(noise, args.steps)}
+        rivals.update(ours=lambda: our_samples(False), bf16=lambda: our_samples(True))
         seconds = windows(rivals, args.windows, device)
         pairs += [("sampling, SDE", seconds["theirs"], seconds["ours"])]
         pairs += [("sampling, SDE, ours in bf16", seconds["theirs"], seconds["bf16"])]
         for what, slow, fast in pairs:
+            each = [args.batch_size / seconds for seconds in (slow, fast)]
             rows.append({"model": name, "what": what, "ours compiled": args.compile})
-            rows[-1].update({"theirs, images/s": count / slow, "ours, images/s": count / fast, "times": slow / fast})
+            rows[-1].update({"theirs, images/s": each[0], "ours, images/s": each[1], "times": slow / fast})
     table(f"the official release, batch {args.batch_size}, {args.encoder}, sampling in {args.steps} steps", rows)
     return rows
 
