@@ -554,6 +554,7 @@ def main(argv=None):
         parser.error(re.sub(r"^\w+(Error|File): ", "", str(e).strip().splitlines()[-1]))  # behind a worker's traceback
     if world > 1:
         dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

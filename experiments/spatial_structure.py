@@ -30,7 +30,7 @@ from scipy.stats import rankdata
 from tqdm import tqdm
 
 from experiments.spatial_correlations import LABELS, PUBLISHED, correlate, read_table, report_correlations, show_table
-from fid import Files
+from fid import Files, open_set
 from inputs.images import center_crop
 from inputs.teachers import DRAWN, ENCODERS, load_encoder
 from irepa import Config, spatial_norm
@@ -326,7 +326,7 @@ def compare(args, encoders, data, indices, shown, masks, device):
         rows.append((title, f"{parameters:,}", *cells, f"{seconds:.1f}"))
         del teacher  # before the next one is there
     metrics = [LABELS[m] for m in values[title]]
-    print(f"{len(indices)} of the {len(data)} images of {args.data}, mean ± standard error")
+    print(f"{len(indices)} of the {data.count} images of {args.data}, mean ± standard error")
     show_table([("encoder", "parameters", *metrics, "seconds"), *rows])
     print(f"SRSS: over {int(masks.any(1).sum())} of them, by their masks\n" if args.masks else "No SRSS: no --masks\n")
     if len(encoders) > 1:
@@ -356,10 +356,13 @@ def prepare(args):
             raise ValueError(f"--image-size is a multiple of {GRID} from {2 * GRID} up, and --images 2 at least")
         if not Path(args.data).exists():
             raise FileNotFoundError(f"--data {args.data} does not exist; name a folder of images, or a .zip of one")
-        device, encoders, data = pick_device(args.device), choose_encoders(args), Files(args.data, args.image_size)
-        if len(data) < 2:
+        device, encoders = pick_device(args.device), choose_encoders(args)
+        data, _ = open_set(args.data, args.image_size)
+        if not isinstance(data, Files):
+            raise ValueError(f"--data {args.data} is no folder of images, nor a .zip of one")
+        if data.count < 2:
             raise ValueError(f"{args.data} holds one image, and a standard error needs two")
-        indices = np.sort(np.random.default_rng(0).permutation(len(data))[: args.images]).tolist()
+        indices = np.sort(np.random.default_rng(0).permutation(data.count)[: args.images]).tolist()
         shown = choose_shown(args, data.files, indices)
         masks = read_masks(args.masks, [data.files[i] for i in indices], args.image_size) if args.masks else None
         work = encoders, data, indices, shown, masks, device

@@ -16,7 +16,7 @@ from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
 from plumbing import jobs
 from plumbing.settings import network_config, resolve
-from tests.common import RUN, refused, run, weights
+from tests.common import RUN, run, weights
 
 
 def test_arms_are_the_published_settings_and_their_halves():
@@ -48,9 +48,9 @@ def test_arms_of_a_seed_share_trunk_data_and_noise(photos, tmp_path):
 @pytest.fixture
 def few(monkeypatch):
     """convergence.py's smallest budget: 200 drawn shapes of 16 px, two legs of two steps."""
-    for module in (convergence, train):
+    for module in (convergence, jobs):
         monkeypatch.setattr(module, "Shapes", lambda size, count: Shapes(size, 200))
-    monkeypatch.setattr(train, "Folder", Folder)  # which convergence.py replaces
+    monkeypatch.setattr(jobs, "Folder", Folder)  # which convergence.py replaces
     flags = "--image-size 16 --model SiT-S/4 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4"
     budget = dict(flags=f"{flags} --encoder-depth 1 --log-every 2 --precision fp32", points=2, images=12, learn=3)
     monkeypatch.setitem(convergence.BUDGETS, "minutes", dict(budget, sampling="--sampler heun --steps 2"))
