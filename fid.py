@@ -458,8 +458,7 @@ def prepare(args):
     """-> [(images or None, statistics)] of each side; before anything slow, ValueError for what is wrong."""
     save, side, out = args.save_stats, args.image_size, args.save_stats or args.json
     check(args.batch_size > 0, f"--batch-size must be positive, not {args.batch_size}")
-    good = len(args.images) == (1 if save else 2)
-    check(good, "give SAMPLES and REFERENCE, or --save-stats OUT.npz and one image set; see --help")
+    check(len(args.images) == (1 if save else 2), "give SAMPLES and REFERENCE, or --save-stats OUT.npz and one set")
     check(save or not side, "--image-size goes with --save-stats: scored images stay as they are")
     check(side is None or side > 0, f"--image-size must be positive, not {side}")
     check(not save or save.endswith(".npz"), "the name after --save-stats must end in .npz")
