@@ -8,14 +8,14 @@ the teacher. iREPA changes the projector and the target, and gives their agreeme
     target = (z - gamma * mean_tokens z) / std_tokens z                        instead of z
     loss = denoising + 1.0 * alignment(h, target)                              instead of 0.5
 
-Time runs from t = 0 (data) to t = 1 (noise) throughout. x is what the network sees, z the teacher's tokens, h the
-projected ones. Shapes: B images, C channels, H = W = input_size, p = patch_size, T = (H/p)^2 tokens in row-major
-order, D = hidden_size.
+Time runs from t = 0 (data) to t = 1 (noise). x is what the network sees, z the teacher's tokens, h the projected
+ones. Shapes: B images, C channels, H = W = input_size, p = patch_size, T = (H/p)^2 tokens by rows, D = hidden_size.
 """
 
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 import torch.nn as nn
@@ -83,9 +83,9 @@ def interpolate(x, noise, t, path="linear"):
     return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
 
-def seeded(seed, index, device="cpu"):
-    """The generator of (seed, index): a stream of its own for each index (a hash into 32 bits would collide)."""
-    return torch.Generator(device).manual_seed((seed * 2654435761 + index) % 2**32)
+def stream(purpose, seed, index=0, device="cpu"):
+    """The generator of one step or image: `index` counts on from a hash, so that no two of a purpose share numbers."""
+    return torch.Generator(device).manual_seed((crc32(f"{purpose} {seed}".encode()) + index) % 2**32)
 
 
 def draws(x, generator=None, part=(0, 1)):
@@ -128,7 +128,7 @@ def with_alignment(denoise, h, z, config):
 
 
 def irepa_loss(model, x, y, target, config, generator=None, part=(0, 1)):
-    """The loss of a step, as a dict of scalars: loss, denoise, align. Times, noise and label drops: see draws.
+    """The loss of a step, as a dict of scalars: loss, denoise, align. Its random numbers: see training_draws.
 
     x [B, C, H, W] clean images in [-1, 1] or scaled latents, y [B] labels, target [B, T, encoder_dim] the teacher's
     raw tokens (ignored without projector).

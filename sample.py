@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from inputs.latents import Latents, decode, load_vae, same_spec
-from irepa import Sampling, guided, randn, sample_ode, sample_sde, seeded, solve
+from irepa import Sampling, guided, randn, sample_ode, sample_sde, solve, stream
 from plumbing.checkpoints import load_checkpoint, open_checkpoint
 from plumbing.files import hold_unfinished, mistakes, write_text, write_whole
 from plumbing.flags import add_flags, make_parser
@@ -85,7 +85,7 @@ def generate(model, labels, indices, seed=0, solve=solve, how=Sampling()):
     solve is the method's sampler, how its settings. FloatingPointError if an image is not finite.
     """
     config, device = model.config, next(model.parameters()).device
-    generators = [seeded(seed, i) for i in indices]  # on the CPU: the same numbers on any device
+    generators = [stream("image", seed, i) for i in indices]  # on the CPU: the same numbers on any device
     noise = randn((len(labels), config.in_channels, config.input_size, config.input_size), generators, device)
     x = solve(model, labels.to(device), noise, generators, how)
     if not torch.isfinite(x).all():
@@ -96,7 +96,8 @@ def generate(model, labels, indices, seed=0, solve=solve, how=Sampling()):
 def choose_labels(wanted, indices, num_classes, seed):
     """The label of each image: [n] int64, a function of (wanted, seed, index) alone."""
     if wanted == "random":
-        return torch.tensor([int(torch.randint(num_classes, (), generator=seeded(~seed, i))) for i in indices])
+        streams = [stream("label", seed, i) for i in indices]
+        return torch.tensor([int(torch.randint(num_classes, (), generator=generator)) for generator in streams])
     if wanted == "balanced":
         return torch.tensor([i % num_classes for i in indices])
     try:

@@ -96,7 +96,8 @@ def test_target_velocity_is_the_derivative_of_the_path(path):
 
 
 def test_each_index_has_a_stream_of_its_own():
-    assert len({irepa.seeded(0, i).initial_seed() for i in range(1000)}) == 1000
+    seeds = {irepa.stream(purpose, 0, i).initial_seed() for purpose in ("image", "step") for i in range(1000)}
+    assert len(seeds) == 2000
 
 
 def test_loss_is_its_formula_and_parts_make_a_whole():
@@ -185,7 +186,7 @@ def test_guidance():
 def test_the_samplers_are_sde_euler_and_heun():
     model, y, noise = Counting(), torch.tensor([1, 2]), normal(0, 2, 4, 2, 2)
     for sampler, evaluations in (("sde", 6), ("euler", 6), ("heun", 11)):  # Heun's last step is Euler's
-        how, streams = irepa.Sampling(sampler, steps=6), [irepa.seeded(0, i) for i in range(2)]
+        how, streams = irepa.Sampling(sampler, steps=6), [irepa.stream("image", 0, i) for i in range(2)]
         model.sizes.clear()
         x = irepa.solve(model, y, noise, streams, how)
         assert model.sizes == [2] * evaluations and x.shape == noise.shape and x.dtype == noise.dtype

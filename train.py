@@ -31,7 +31,7 @@ from inputs.formats import workers_for
 from inputs.images import BrokenImage
 from inputs.latents import decode, encode, to_latent
 from inputs.teachers import load_encoder as load_encoder
-from irepa import draws, seeded
+from irepa import draws, stream
 from plumbing.checkpoints import hold_folder, save_checkpoint
 from plumbing.files import mistakes
 from plumbing.jobs import begin_log, names_of, open_job
@@ -121,7 +121,7 @@ class Learner:
 
     def held_out(self, images, moments, part):
         """-> a function that gives what the network sees of held-out images, always with the same noise."""
-        x = self.inputs(images, moments, seeded(0, 1), part)
+        x = self.inputs(images, moments, stream("held-out latents", 0), part)
         return lambda: x
 
     def gradients(self, step, parts):
@@ -129,7 +129,7 @@ class Learner:
         job, world, terms = self.job, self.ranks.world, {}
         for (i, n), images, labels, moments in parts:
             target = job.teacher(images) if job.teacher else None
-            generator = seeded(job.run.seed, step, job.device)
+            generator = stream("step", job.run.seed, step, job.device)
             x = self.inputs(images, moments, generator, part=(i, n))
             with nullcontext() if i + world >= n or world == 1 else self.wrapped.no_sync():
                 with job.autocast():
@@ -222,7 +222,7 @@ def held_out_loss(unseen, learner):
     total = torch.zeros(2, device=job.device)
     for part, x, labels in unseen:
         with job.autocast(), without_projector(model):
-            losses = job.method.loss(model, x(), labels, None, job.config, generator=seeded(0, 0), part=part)
+            losses = job.method.loss(model, x(), labels, None, job.config, generator=stream("held-out", 0), part=part)
         total += torch.stack([losses["denoise"], torch.ones_like(losses["denoise"])])
     model.train()
     if dist.is_initialized():
@@ -275,10 +275,10 @@ def train(job, signals):
     log = begin_log(job, networks, ranks, start, len(indices)) if first else None
     saved = True
     meter = Meter(start, seconds, ranks.world, lambda step: names_of(job.data, batch_at(step, indices, run, {})))
-    stream, bar = feed(job, indices, start, ranks), progress(run.steps, start, first)
+    incoming, bar = feed(job, indices, start, ranks), progress(run.steps, start, first)
     for step in range(start, run.steps):
         rate, before = learning_rate(run, step), [b.clone() for b in statistics(networks.values())]
-        terms = learner.gradients(step, (next(stream) for _ in range(run.accumulate)))
+        terms = learner.gradients(step, (next(incoming) for _ in range(run.accumulate)))
         norms, skipped = update(networks, optimisers, before, run.clip, rate)
         average(ema, model, ema_decay(run, step))
         meter.add({**terms, **norms}, skipped)
@@ -309,7 +309,7 @@ def train(job, signals):
         if stop:
             break
     bar.close()
-    stream.close()  # and with it the workers
+    incoming.close()  # and with it the workers
     ranks.part()
     finish(job, done, stop, saved)
 

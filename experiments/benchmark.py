@@ -31,7 +31,7 @@ import fid
 from inputs.formats import Folder
 from inputs.latents import Cached
 from inputs.teachers import DRAWN, load_encoder
-from irepa import Config, Sampling, SiT, irepa_loss, seeded
+from irepa import Config, Sampling, SiT, irepa_loss, stream
 from plumbing.files import mistakes, one_line, write_text
 from plumbing.flags import make_parser
 from plumbing.processes import compile_blocks, device_name, fast_bf16, mixed, pick_device
@@ -107,7 +107,9 @@ class Step:
 
     def loss(self, target):
         with self.autocast():
-            return irepa_loss(self.model, self.x, self.y, target, self.config, seeded(0, self.n, self.device))["loss"]
+            return irepa_loss(self.model, self.x, self.y, target, self.config, stream("step", 0, self.n, self.device))[
+                "loss"
+            ]
 
     def __call__(self):
         loss = self.loss(self.teacher())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from irepa import alignment_loss, interpolate, seeded, spatial_norm
+from irepa import alignment_loss, interpolate, spatial_norm, stream
 from plumbing.checkpoints import load_checkpoint
 from tests.common import (
     RUN,
@@ -194,7 +194,7 @@ def test_held_out_loss_is_the_plain_error_whatever_the_alignment():
     assert error == held_out(projector=None) == held_out(projector="mlp", power=0.0, class_dropout=0.9)
     model = meanflow_model(projector=None)
     whole = torch.cat([x() for _, x, _ in chunks]), torch.cat([y for *_, y in chunks])
-    losses = meanflow.loss(model, *whole, None, model.config, seeded(0, 0))
+    losses = meanflow.loss(model, *whole, None, model.config, stream("held-out", 0))
     assert error == pytest.approx(losses["denoise"].item(), rel=1e-5)
     assert losses["loss"].item() == pytest.approx(1, abs=1e-4)
 

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 import irepa
 from inputs.latents import Latents
-from irepa import draws, interpolate, irepa_loss, seeded, training_draws, with_alignment
+from irepa import draws, interpolate, irepa_loss, stream, training_draws, with_alignment
 from plumbing.files import one_line, read_pt
 
 # what it changes in train.py's --demo: the tiny VAE is trained from random weights, hence no latents of a file
@@ -239,7 +239,7 @@ def check_run(run):
 @torch.no_grad()
 def measure(bn, vae, images):
     """Set bn's running statistics to those of the latents of images, uint8 [B, 3, H, W]."""
-    z = torch.cat([posterior(vae, x.float() / 127.5 - 1, seeded(0, 0, x.device))[0] for x in images.split(16)])
+    z = torch.cat([posterior(vae, x.float() / 127.5 - 1, stream("bn", 0, 0, x.device))[0] for x in images.split(16)])
     var, mean = torch.var_mean(z, dim=(0, 2, 3))
     bn.running_var.copy_(var)
     bn.running_mean.copy_(mean)
@@ -260,14 +260,14 @@ class Learner:
     def held_out(self, images, moments, part):
         x = images.float() / 127.5 - 1
         self.images = x if self.images is None else self.images
-        return lambda: posterior(self.networks["vae"], x, seeded(0, 1, self.job.device), part)[0]
+        return lambda: posterior(self.networks["vae"], x, stream("held-out latents", 0, 0, x.device), part)[0]
 
     def gradients(self, step, parts):
         job, config = self.job, self.job.config
         model, vae, disc = nets = [*self.networks.values()]
         [(_, images, labels, _)] = parts
         x, target = images.float() / 127.5 - 1, job.teacher(images) if job.teacher else None
-        noise, twin, again = (seeded(job.run.seed, 2 * step + k, job.device) for k in (0, 1, 1))
+        noise, twin, again = (stream(k, job.run.seed, step, job.device) for k in ("posterior", "step", "step"))
         with job.autocast():
             terms, latent, recon = vae_loss(*nets, x, labels, target, config, self.perceptual, noise, twin, self.part)
         set_gradients(terms.pop("loss"), vae)
