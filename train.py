@@ -11,7 +11,7 @@ OUT holds config.json (every setting, versions), log.jsonl (a line each --log-ev
 EMA), curves.png, last.pt and the --keep newest checkpoints by number. A flag wins over a preset (--method, --demo), a
 preset over a default. Data order is a function of (seed, step) and the batch size; noise, times and label drops are one
 of these and the kind of device: a resumed run, or one on another number of processes, sees the same batches.
-After SIGTERM or SIGINT the step at hand is finished and saved, exit code 75 (a second signal ends the run at once); a
+After SIGTERM or SIGINT the step at hand is finished and saved, exit code 75 (the same again ends the run at once); a
 user's mistake exits with 2.
 """
 
