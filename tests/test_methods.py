@@ -75,6 +75,7 @@ def test_a_new_method_is_one_new_file(tmp_path):
     assert (tree / "s.npz").exists()
     after = sums(tree)
     assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"variants/huber.py", "s.npz", "s.json"}
 
 
 def test_unknown_methods_are_named(capsys):
