@@ -12,13 +12,11 @@ import signal
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import sample
 import train
@@ -57,7 +55,7 @@ def test_batches_cover_epochs_and_do_not_depend_on_ranks():
 
 def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, capsys):
     flags = [*RUN, "--data", photos, "--seed", 3, "--sample-every", 0]
-    run(*flags, "--steps", 6, "--out", tmp_path / "straight")
+    run(*flags, "--steps", 6, "--out", tmp_path / "straight", "--sample-every", 4)  # drawing changes nothing
     run(*flags, "--steps", 3, "--out", tmp_path / "stopped")
     again = "--resume", "--out", tmp_path / "stopped"
     assert "stopped exists; --resume continues it" in refused(capsys, run, *flags, "--out", tmp_path / "stopped")
@@ -217,6 +215,30 @@ def test_a_second_run_in_one_folder_is_refused(photos, tmp_path, capsys):
         call() if folder == out else None
 
 
+def test_the_rate_warms_up_then_falls_and_the_decay_rises():
+    run = settings("--lr", "1", "--steps", "20", "--warmup", "4", "--ema", "0.9")
+    assert [train.learning_rate(run, step) for step in (0, 1, 3, 4, 19)] == [0.25, 0.5, 1, 1, 1]
+    run.lr_schedule, run.ema_warmup = "cosine", True
+    rates = [train.learning_rate(run, step) for step in (0, 2, 5, 10)]
+    assert rates == pytest.approx([0.25, 0.75 * 0.975528, 0.853553, 0.5], rel=1e-5)  # (1 + cos(pi step / 20)) / 2
+    decays = [train.ema_decay(run, step) for step in (0, 8, 79, 80, 10**6)]
+    assert decays == pytest.approx([0.1, 0.5, 80 / 89, 0.9, 0.9])
+    run.ema_warmup = False
+    assert train.ema_decay(run, 0) == 0.9
+
+
+def test_a_step_is_clipped_and_its_whole_norm_reported():
+    moments = {}
+    for clip in (None, 100.0, 2.0):
+        model = torch.nn.Linear(3, 1, bias=False)
+        opt = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        (10 * model(torch.tensor([[1.0, 2.0, 2.0]]))).sum().backward()  # a gradient of norm 30
+        norms, skipped = train.update(dict(model=model), dict(model=opt), [], clip, 0.1)
+        assert norms["grad_norm"].item() == pytest.approx(30) and skipped == 0 and model.weight.grad is None
+        moments[clip] = opt.state[model.weight]["exp_avg"].norm().item()
+    assert moments == pytest.approx({None: 3.0, 100.0: 3.0, 2.0: 0.2}, rel=1e-4)  # a tenth of what is applied
+
+
 def test_the_average_keeps_no_history():
     model = torch.nn.Linear(3, 2)
     ema = torch.nn.Linear(3, 2).requires_grad_(False)
@@ -258,37 +280,3 @@ def test_a_tiny_run_overfits(tmp_path, method):
     model, _ = sample.load_checkpoint(tmp_path / "run/last.pt")
     x = sample.generate(model, torch.tensor([0, 1] * 4), range(8), how=Sampling("heun", 20)).mean((1, 2, 3))
     assert (x[0::2] < -0.6).all() and (x[1::2] > 0.6).all()
-
-
-def test_demo_then_sample(tmp_path, capsys):
-    out = tmp_path / "demo"
-    small = "--steps 4 --batch-size 8 --hidden-size 32 --num-heads 2 --depth 2 --log-every 2 --sample-every 4"
-    run("--demo", "--out", out, "--device", "cpu", "--ckpt-every", 4, *small.split())
-    assert f"python sample.py --ckpt {out}/last.pt" in capsys.readouterr().out
-    config = json.loads((out / "config.json").read_text())
-    assert config["steps"] == 4 and config["torch"] == torch.__version__ and "git_commit" in config
-    row = rows_of(out)[-1]
-    assert {"step", "loss", "denoise", "align", "held_out", "grad_norm", "lr", "images_per_s"} <= row.keys()
-    grid = Image.open(out / "samples/step-0000004.png")
-    assert grid.height >= 10 * 96 and (out / "curves.png").stat().st_size > 10_000
-    common = ["--ckpt", out / "last.pt", "--steps", 2]
-    run_sample(*common)
-    run_sample(*common)  # another run takes another name
-    grids = sorted(out.glob("last-*.png"))
-    assert len(grids) == 2 and all(Image.open(g).height >= 10 * 96 for g in grids)
-    run_sample(*common, "--num", 13, "--npz", tmp_path / "s.npz", "--labels", "balanced", "--batch-size", 5)
-    data = np.load(tmp_path / "s.npz")
-    assert data["arr_0"].shape == (13, 32, 32, 3) and data["arr_0"].dtype == np.uint8
-    assert data["labels"].tolist() == [*range(10), 0, 1, 2]
-    record = json.loads((tmp_path / "s.json").read_text())
-    assert record["step"] == 4 and record["cfg"] == 1.0 and len(record["checkpoint_sha256"]) == 64
-    run_sample(*common, "--num", 3, "--out-dir", tmp_path / "pngs", "--labels", "3,7")
-    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == ["000000.png", "000001.png", "000002.png"]
-    for flags, message in (
-        (["--npz", tmp_path / "s.npz", "--num", 2], "s.npz exists and is left as it is"),
-        (["--npz", "new.npz"], "say how many images"),
-        (["--labels", 12], "classes are 0 to 9"),
-        (["--steps", 0], "must be at least 1"),
-    ):
-        assert message in refused(capsys, run_sample, *common, *flags)
-    assert asdict(sample.load_checkpoint(out / "last.pt")[1]) == config["config"]
