@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from inputs import latents
 from inputs.formats import Folder
-from tests.common import RUN, normal, refused, rows_of, run, run_sample, same_weights, torchrun, toy_vae, weights
+from tests.common import HERE, RUN, normal, refused, rows_of, run, run_sample, same_weights, toy_vae, weights
+from tests.processes import call
 
 LATENT = [*RUN, "--model", "SiT-S/2", "--vae-precision", "fp32"]
 
@@ -109,8 +110,9 @@ def test_a_mistake_in_a_cache_is_one_sentence_and_exit_2(photos, tmp_path, capsy
 def test_training_on_latents(photos, vae, tmp_path, capsys):
     cache = tmp_path / "cache"
     common = ["--data", photos, "--vae", vae]
-    done = torchrun("inputs.latents", *common, "--image-size", 16, "--device", "cpu", "--out", cache)
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags = [*common, "--image-size", 16, "--device", "cpu", "--out", cache]
+    codes, said = call(HERE, tmp_path, "inputs.latents", *flags, world=2)
+    assert codes == [0, 0], said[-3000:]
     flags = [*LATENT, *common, "--sample-every", 0]
     run(*flags, "--out", tmp_path / "loop")  # the VAE in every step
     run(*flags, "--latents", cache, "--out", tmp_path / "cached", "--workers", 2)

@@ -1,16 +1,14 @@
 """plumbing/methods.py: a new method is one new file in variants/."""
 
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from plumbing.methods import method_named, method_names
 from tests.common import HERE, refused, rows_of, run
+from tests.processes import call
 
 HUBER = '''"""A Huber loss in place of the squared error."""
 
@@ -54,24 +52,22 @@ def test_a_new_method_is_one_new_file(tmp_path):
     before = sums(tree)
     (tree / "variants/huber.py").write_text(HUBER)
 
-    def call(program, *flags, code=0):
-        env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH="")
-        command = [sys.executable, program, *map(str, flags)]
-        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
-        return done.stdout + done.stderr
+    def there(module, *flags, code=0):
+        codes, said = call(tree, tmp_path, module, *flags)
+        assert codes == [code] and "Traceback" not in said, said
+        return said
 
-    assert "--delta" in call("train.py", "--method", "huber", "--help")
-    assert "unrecognized arguments: --delta" in call("train.py", *DEMO, "--method", "irepa", "--delta", 0.1, code=2)
-    call("train.py", *DEMO, "--method", "huber", "--delta", 0.1, "--steps", 2)
-    call("train.py", "--resume", "--out", "runs/huber-demo", "--steps", 3)
+    assert "--delta" in there("train", "--method", "huber", "--help")
+    said = there("train", *DEMO, "--method", "irepa", "--delta", 0.1, code=2)
+    assert "unrecognized arguments: --delta 0.1" in said.splitlines()[-1]
+    there("train", *DEMO, "--method", "huber", "--delta", 0.1, "--steps", 2)
+    there("train", "--resume", "--out", "runs/huber-demo", "--steps", 3)
     checkpoint = torch.load(tree / "runs/huber-demo/last.pt", weights_only=True)
     assert checkpoint["step"] == 3 and checkpoint["config"]["delta"] == 0.1
     rows = rows_of(tree / "runs/huber-demo")
     assert len(rows) == 3 and all(row["denoise"] < 0.1 for row in rows)  # about 0.1 (|e| - 0.05), not e^2, which is 1
-    call(
-        "sample.py", "--ckpt", "runs/huber-demo/last.pt", "--num", 2, "--steps", 2, "--device", "cpu", "--npz", "s.npz"
-    )
+    how = "--num", 2, "--steps", 2, "--device", "cpu", "--npz", "s.npz"
+    there("sample", "--ckpt", "runs/huber-demo/last.pt", *how)
     assert (tree / "s.npz").exists()
     after = sums(tree)
     assert {name: after[name] for name in before} == before

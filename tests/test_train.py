@@ -37,6 +37,7 @@ from tests.common import (
     torchrun,
     weights,
 )
+from tests.processes import call
 
 
 def test_batches_cover_epochs_and_do_not_depend_on_ranks():
@@ -83,8 +84,8 @@ def test_two_ranks_equal_one_process(photos, tmp_path):
     flags = [*RUN, "--data", photos, "--out"]
     run(*flags, tmp_path / "one")
     run(*flags, tmp_path / "parts", "--accumulate", 2)
-    done = torchrun("train.py", *flags, tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, said = call(HERE, tmp_path, "train", *flags, tmp_path / "two", world=2)
+    assert codes == [0, 0], said[-3000:]
     for name in ("parts", "two"):
         for k, v in weights(tmp_path / "one").items():
             # of steps of 1e-3: where a gradient is near Adam's epsilon, its rounding shows
@@ -93,7 +94,7 @@ def test_two_ranks_equal_one_process(photos, tmp_path):
     for key in ("loss", "denoise", "align", "held_out", "grad_norm"):
         assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4)
     few = ["--ckpt", tmp_path / "two/last.pt", "--num-images", 5, "--steps", 3, "--npz"]
-    torchrun("sample.py", *few, tmp_path / "two.npz")
+    assert call(HERE, tmp_path, "sample", *few, tmp_path / "two.npz", world=2)[0] == [0, 0]
     run_sample(*few, tmp_path / "one.npz")
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert np.array_equal(one["labels"], two["labels"])
