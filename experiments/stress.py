@@ -1,14 +1,16 @@
 """What a week on a cluster does to a run, in minutes on a CPU: each check prints a line, and a failure exits with 1.
 
-python experiments/stress.py kill          50 kill -9 at random moments: the weights of a run never killed, to the bit
-python experiments/stress.py memory        20,000 steps: the resident size does not grow
-python experiments/stress.py fuzz          thousands of damaged checkpoints, caches, zips and npz: only named errors
+python -m experiments.stress kill        50 kill -9 at random moments: the weights of a run never killed, to the bit
+python -m experiments.stress stop        10 SIGTERM likewise; each ends the run after the step in which it arrives
+python -m experiments.stress memory      20,000 steps: the resident size does not grow
+python -m experiments.stress fuzz        thousands of damaged checkpoints, caches, zips and npz: only named errors
 """
 
-import argparse
 import json
 import os
 import random
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,16 +23,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import fid  # noqa: E402
-import sample  # noqa: E402
-from inputs.images import Folder  # noqa: E402
-from inputs.latents import Cached, digest_of, read_manifest  # noqa: E402
+import fid
+from inputs.formats import Folder
+from inputs.latents import Cached, read_manifest
+from plumbing.checkpoints import open_checkpoint
+from plumbing.files import mistakes
+from plumbing.flags import make_parser
+from plumbing.processes import STOPPED
 
-TINY = (
-    "--image-size 16 --model SiT-S/4 --hidden-size 64 --depth 2 --num-heads 2 --batch-size 8 --lr 1e-3 --device cpu"
-    " --precision fp32 --sample-every 0"
+ROOT = Path(__file__).parent.parent
+TRAIN = (
+    "train.py --image-size 16 --model SiT-S/4 --hidden-size 64 --depth 2 --num-heads 2 --batch-size 8 --lr 1e-3"
+    " --device cpu --precision fp32 --sample-every 0"
 ).split()
 
 
@@ -43,74 +47,109 @@ def photos(folder, count=24):
     return folder
 
 
-def start(*flags):
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    command = [sys.executable, ROOT / "train.py", *flags]
-    return subprocess.Popen([*map(str, command)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start(*command):
+    """python COMMAND in the repository's root, silent."""
+    env, quiet = dict(os.environ, OMP_NUM_THREADS="1"), subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, *map(str, command)], env=env, cwd=ROOT, stdout=quiet, stderr=quiet)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def steps_in(out):
+    """The steps of the whole rows of a log."""
+    log = out / "log.jsonl"
+    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [json.loads(row)["step"] for row in rows if row.endswith("\n")]
+
+
+# ---- Interrupted runs ----
+
+
+def start_again(flags, out):
+    """The run of `flags` in `out`, from wherever it is."""
+    begun = any((out / name).exists() for name in ("config.json", "last.pt"))
+    return start(*(["train.py", "--resume", "--out", out] if begun else [*flags, "--out", out]))
+
+
+def same_end(a, b):
+    """-> (whether two runs have the same weights and averages, whether b's log has all of a's steps, each once)."""
+    states = [torch.load(out / "last.pt", weights_only=True) for out in (a, b)]
+    equal = all(torch.equal(v, states[1][which][k]) for which in ("model", "ema") for k, v in states[0][which].items())
+    steps = steps_in(b)
+    return equal, sorted(set(steps)) == steps and set(steps_in(a)) <= set(steps)
 
 
 def kill(work, count, seed):
     """Kill a run `count` times, let it end, and compare it with one that nobody killed."""
-    flags = [*TINY, "--data", photos(work / "photos"), "--steps", 4000, "--log-every", 5, "--ckpt-every", 2]
+    flags = [*TRAIN, "--data", photos(work / "photos"), "--steps", 4000, "--log-every", 5, "--ckpt-every", 2]
     clock = time.time()
     straight = start(*flags, "--out", work / "straight")
     while not (work / "straight/last.pt").exists():
         time.sleep(0.01)
     warm = time.time() - clock  # until the first checkpoint
     assert straight.wait() == 0
-    rng, out, writing, kills = random.Random(seed), work / "killed", 0, 0
-    bar = tqdm(total=count, unit="kill", file=sys.stderr)
-    while True:
-        begun = any((out / name).exists() for name in ("config.json", "last.pt"))
-        run = start(*(["--resume", "--out", out] if begun else [*flags, "--out", out]))
-        if kills == count:
-            break
+    rng, out, writing = random.Random(seed), work / "killed", 0
+    for kills in tqdm(range(count), unit="kill"):
+        run = start_again(flags, out)
         try:
             run.wait(rng.uniform(0.5, 1.3) * warm if kills % 5 else rng.uniform(0, 1) * warm)
         except subprocess.TimeoutExpired:
             run.kill()
             run.wait()
-            kills += 1
             writing += (out / "last.pt.tmp").exists()
-            bar.update()
-            continue
-        assert run.returncode in (0, 2), run.returncode  # 2: there was nothing left to do
-        raise SystemExit(f"the run ended after {kills} kills: give it more steps")
-    assert run.wait() == 0, "the last resume failed"
-    a, b = (torch.load(work / name / "last.pt", weights_only=True) for name in ("straight", "killed"))
-    equal = all(torch.equal(v, b[which][k]) for which in ("model", "ema") for k, v in a[which].items())
-    rows = [[json.loads(row)["step"] for row in (work / n / "log.jsonl").open()] for n in ("straight", "killed")]
-    whole = sorted(set(rows[1])) == rows[1] and set(rows[0]) <= set(rows[1])
+        else:
+            assert run.returncode in (0, 2), run.returncode  # 2: there was nothing left to do
+            raise SystemExit(f"the run ended after {kills} kills: give it more steps")
+    assert start_again(flags, out).wait() == 0, "the last resume failed"
+    equal, whole = same_end(work / "straight", out)
     print(
         f"kill: {count} kills, {writing} while a checkpoint was written; weights and EMA equal: {equal}; log: {whole}"
     )
     return equal and whole
 
 
+def stop(work, count, seed):
+    """Ask a run to stop `count` times, let it end, and compare it with one that nobody stopped."""
+    flags = [*TRAIN, "--data", photos(work / "photos"), "--steps", 100 * count, "--log-every", 1]
+    assert start(*flags, "--out", work / "straight").wait() == 0
+    rng, out, late = random.Random(seed), work / "stopped", []
+    for _ in tqdm(range(count), unit="stop"):
+        before, run = len(steps_in(out)), start_again(flags, out)
+        while len(steps_in(out)) == before and run.poll() is None:  # until it trains
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        run.send_signal(signal.SIGSTOP)  # frozen: what it has logged is where it is
+        os.waitpid(run.pid, os.WUNTRACED)
+        done = steps_in(out)[-1]
+        run.send_signal(signal.SIGTERM)
+        run.send_signal(signal.SIGCONT)
+        assert run.wait() == STOPPED, run.returncode
+        late.append(torch.load(out / "last.pt", weights_only=True)["step"] - done)
+    assert start_again(flags, out).wait() == 0, "the last resume failed"
+    equal, whole = same_end(work / "straight", out)
+    # the step at hand is the one after the last that was logged, or has ended already and is being logged
+    print(f"stop: {count} stops, {late} steps after the last one logged; equal: {equal}; log: {whole}")
+    return equal and whole and max(late) <= 2
+
+
 def memory(work, steps):
     """Resident MiB of a run of `steps` steps, by tenths."""
-    flags = [*TINY, "--data", photos(work / "photos"), "--steps", steps, "--log-every", max(1, steps // 200)]
+    flags = [*TRAIN, "--data", photos(work / "photos"), "--steps", steps, "--log-every", max(1, steps // 200)]
     run, seen = start(*flags, "--ckpt-every", steps // 10, "--out", work / "run"), {}
     while run.poll() is None:
         time.sleep(0.2)
-        log = work / "run/log.jsonl"
-        rows = log.read_text().splitlines() if log.exists() else []
+        rows = len(steps_in(work / "run"))
         try:
             pages = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1])
         except (OSError, IndexError):
             break
-        if len(rows) in range(1, 200) and pages:  # not the end, which draws the curves
-            seen[len(rows) * 10 // 200] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        if rows in range(1, 200) and pages:  # not the end, which draws the curves
+            seen[rows * 10 // 200] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     assert run.wait() == 0
     values = [seen[k] for k in sorted(seen)]
     print(f"memory: MiB by tenth of {steps} steps: {' '.join(f'{v:.0f}' for v in values)}")
     return values[-1] < values[1] * 1.02 + 2
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Damaged files ----
 
 
 def mutated(data, rng):
@@ -151,12 +190,13 @@ def odd_checkpoint(state, rng):
     return state
 
 
-def fuzz(work, count, seed):
-    """Mutated files into every reader of strangers' files, `count` for each, in children with bounded memory."""
-    flags = [*TINY, "--data", photos(work / "photos"), "--steps", 2, "--out", work / "run"]
-    assert start(*flags).wait() == 0
+def make_files(work):
+    """One good file of each kind, in `work` -> (a checkpoint's dict, the images of the cache)."""
+    flags = ["--data", photos(work / "photos"), "--image-size", 16, "--device", "cpu"]
+    assert start(*TRAIN, *flags, "--steps", 2, "--out", work / "run").wait() == 0
+    assert start("-m", "inputs.latents", *flags, "--vae", "tiny", "--out", work / "cache").wait() == 0
     state = torch.load(work / "run/last.pt", weights_only=True)
-    state = {k: v for k, v in state.items() if k not in ("opt",)}
+    del state["opt"]
     torch.save(state, work / "small.pt")
     with zipfile.ZipFile(work / "photos.zip", "w") as z:
         for path in (work / "photos").rglob("*.png"):
@@ -164,71 +204,62 @@ def fuzz(work, count, seed):
     images = np.random.RandomState(0).randint(0, 256, (12, 16, 16, 3)).astype(np.uint8)
     np.savez(work / "set.npz", arr_0=images)
     np.savez(work / "stats.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048), np.float16))
-    spec = dict(vae="local", sha256="0" * 64, channels=4, factor=2, scale=[1.0] * 4, bias=[0.0] * 4)
-    data = Folder(work / "photos", 16, progress=False)
-    cache = work / "cache"
-    cache.mkdir()
-    manifest = dict(spec=spec, image_size=16, count=24, shard=16, classes=data.classes, precision="float32")
-    manifest.update(files_sha256=digest_of(data))
-    (cache / "manifest.json").write_text(json.dumps(manifest))
-    for i, size in enumerate((16, 8)):
-        np.save(cache / f"moments-{i:05d}.npy", np.zeros((size, 8, 8, 8), np.float16))
+    return state, Folder(work / "photos", 16, progress=False)
 
-    def checkpoint(path):
-        sample.load_checkpoint(path, projector=None)
-        sample.method_of(sample.read_checkpoint(path))
+
+def fuzz(work, count, seed):
+    """Mutated files into every reader of strangers' files, `count` for each, in children with bounded memory."""
+    state, data = make_files(work)
+    cache, mutant = work / "cache", work / "mutant"
 
     def cached(_):
         read_manifest(cache)
-        Cached(data, cache)[np.arange(24)]
+        Cached(data, cache)[np.arange(len(data))]
 
     def image_set(path):
-        first = fid.open_set(path)[0]
-        [first[i] for i in range(len(first))] if hasattr(first, "__getitem__") and hasattr(first, "__len__") else None
+        images, _ = fid.open_set(path)
+        for _ in images.batches(0, len(images), 8) if images else ():
+            pass
 
-    readers = {
-        "checkpoint, bytes": (work / "small.pt", checkpoint),
-        "checkpoint, entries": (state, checkpoint),
-        "cache, manifest": (cache / "manifest.json", cached),
-        "cache, shard": (cache / "moments-00000.npy", cached),
-        "zip of images": (work / "photos.zip", lambda p: Folder(p, 16, skip_broken=True, progress=False)),
-        "npz, images": (work / "set.npz", image_set),
-        "npz, statistics": (work / "stats.npz", image_set),
+    readers = {  # what is damaged, where the damaged one lies, who reads it
+        "checkpoint, bytes": (work / "small.pt", mutant.with_suffix(".pt"), open_checkpoint),
+        "checkpoint, entries": (state, mutant.with_suffix(".pt"), open_checkpoint),
+        "cache, manifest": (cache / "manifest.json", cache / "manifest.json", cached),
+        "cache, shard": (cache / "moments-00000.npy", cache / "moments-00000.npy", cached),
+        "zip of images": (work / "photos.zip", mutant.with_suffix(".zip"), lambda p: Folder(p, 16, True, False)),
+        "npz, images": (work / "set.npz", mutant.with_suffix(".npz"), image_set),
+        "npz, statistics": (work / "stats.npz", mutant.with_suffix(".npz"), image_set),
     }
     good = True
-    for name, (source, read) in readers.items():
-        path = (
-            source
-            if isinstance(source, Path) and source.parent == cache
-            else work / f"mutated{Path(str(source)[-8:]).suffix or '.pt'}"
-        )
+    for name, (source, path, read) in readers.items():
         whole = source.read_bytes() if isinstance(source, Path) else None
+        if whole:
+            read(source)  # the good one, or a reader that refuses everything would do
         number = count if whole is None or len(whole) < 2**20 else max(1, count // 20)
         outcome = {"read": 0, "refused": 0, "failed": []}
         for first in tqdm(range(0, number, 50), desc=name, leave=False):
-            report = work / "report.json"
+            numbers, report = range(first, min(first + 50, number)), work / "report.json"
             report.unlink(missing_ok=True)
             child = os.fork()
             if not child:
-                batch(range(first, min(first + 50, number)), seed, source, whole, path, read, report)
+                batch(numbers, seed, source, whole, path, read, report)
             status = os.waitpid(child, 0)[1]
             found = json.loads(report.read_text()) if report.exists() else {}
             if status:
-                found.setdefault("failed", []).append(f"the process died with {status} in {first} to {first + 50}")
+                found.setdefault("failed", []).append(f"the process died with {status} in {numbers}")
             for key in found:
                 outcome[key] += found[key]
         if whole is not None:
             source.write_bytes(whole)
+        failed = outcome["failed"]
         print(f"fuzz: {name}: {number} files: {outcome['read']} read, {outcome['refused']} refused by name,", end=" ")
-        print(f"{len(outcome['failed'])} failed {outcome['failed'][:3]}")
-        good &= not outcome["failed"]
+        print(f"{len(failed)} failed {failed[:3]}")
+        good &= not failed
     return good
 
 
 def batch(numbers, seed, source, whole, path, read, report):
     """Numbers of one reader, in a child: a crash or a demand for memory cannot hide."""
-    import resource
-
     resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     outcome = {"read": 0, "refused": 0, "failed": []}
@@ -251,23 +282,29 @@ def batch(numbers, seed, source, whole, path, read, report):
     os._exit(0)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("check", nargs="*", choices=("kill", "memory", "fuzz", []), help="all by default")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=20_000, help="of memory")
-    parser.add_argument("--files", type=int, default=1000, help="for each reader of fuzz")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    for name, least in (("kills", 1), ("steps", 200), ("files", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    torch.set_num_threads(1)
+def main(argv=None):
     checks = dict(
         kill=lambda work: kill(work, args.kills, args.seed),
+        stop=lambda work: stop(work, args.stops, args.seed),
         memory=lambda work: memory(work, args.steps),
         fuzz=lambda work: fuzz(work, args.files, args.seed),
     )
+    parser = make_parser("experiments.stress", __doc__, "[kill] [stop] [memory] [fuzz] [flags], which --help lists")
+    parser.add_argument("check", nargs="*", help="all by default")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--stops", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20_000, help="of memory")
+    parser.add_argument("--files", type=int, default=1000, help="for each reader of fuzz")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    with mistakes("experiments.stress"):
+        for name in args.check:
+            if name not in checks:
+                raise ValueError(f"the checks are {', '.join(checks)}, not {name}")
+        for name, least in (("kills", 1), ("stops", 1), ("steps", 200), ("files", 1)):
+            if getattr(args, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    torch.set_num_threads(1)
     results = []
     for name in args.check or checks:
         with tempfile.TemporaryDirectory() as folder:
