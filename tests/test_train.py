@@ -12,13 +12,11 @@ import signal
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import sample
 import train
@@ -258,37 +256,3 @@ def test_a_tiny_run_overfits(tmp_path, method):
     model, _ = sample.load_checkpoint(tmp_path / "run/last.pt")
     x = sample.generate(model, torch.tensor([0, 1] * 4), range(8), how=Sampling("heun", 20)).mean((1, 2, 3))
     assert (x[0::2] < -0.6).all() and (x[1::2] > 0.6).all()
-
-
-def test_demo_then_sample(tmp_path, capsys):
-    out = tmp_path / "demo"
-    small = "--steps 4 --batch-size 8 --hidden-size 32 --num-heads 2 --depth 2 --log-every 2 --sample-every 4"
-    run("--demo", "--out", out, "--device", "cpu", "--ckpt-every", 4, *small.split())
-    assert f"python sample.py --ckpt {out}/last.pt" in capsys.readouterr().out
-    config = json.loads((out / "config.json").read_text())
-    assert config["steps"] == 4 and config["torch"] == torch.__version__ and "git_commit" in config
-    row = rows_of(out)[-1]
-    assert {"step", "loss", "denoise", "align", "held_out", "grad_norm", "lr", "images_per_s"} <= row.keys()
-    grid = Image.open(out / "samples/step-0000004.png")
-    assert grid.height >= 10 * 96 and (out / "curves.png").stat().st_size > 10_000
-    common = ["--ckpt", out / "last.pt", "--steps", 2]
-    run_sample(*common)
-    run_sample(*common)  # another run takes another name
-    grids = sorted(out.glob("last-*.png"))
-    assert len(grids) == 2 and all(Image.open(g).height >= 10 * 96 for g in grids)
-    run_sample(*common, "--num", 13, "--npz", tmp_path / "s.npz", "--labels", "balanced", "--batch-size", 5)
-    data = np.load(tmp_path / "s.npz")
-    assert data["arr_0"].shape == (13, 32, 32, 3) and data["arr_0"].dtype == np.uint8
-    assert data["labels"].tolist() == [*range(10), 0, 1, 2]
-    record = json.loads((tmp_path / "s.json").read_text())
-    assert record["step"] == 4 and record["cfg"] == 1.0 and len(record["checkpoint_sha256"]) == 64
-    run_sample(*common, "--num", 3, "--out-dir", tmp_path / "pngs", "--labels", "3,7")
-    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == ["000000.png", "000001.png", "000002.png"]
-    for flags, message in (
-        (["--npz", tmp_path / "s.npz", "--num", 2], "s.npz exists and is left as it is"),
-        (["--npz", "new.npz"], "say how many images"),
-        (["--labels", 12], "classes are 0 to 9"),
-        (["--steps", 0], "must be at least 1"),
-    ):
-        assert message in refused(capsys, run_sample, *common, *flags)
-    assert asdict(sample.load_checkpoint(out / "last.pt")[1]) == config["config"]
