@@ -8,7 +8,7 @@ the teacher. iREPA changes the projector and the target, and gives their agreeme
     target = (z - gamma * mean_tokens z) / std_tokens z                        instead of z
     loss = denoising + 1.0 * alignment(h, target)                              instead of 0.5
 
-Time runs from t = 0 (data) to t = 1 (noise). x is what the network sees, z the teacher's tokens, h the projected
+Time runs from t = 0 (data) to t = 1 (noise): x is data, x_t on its path. z are the teacher's tokens, h the projected
 ones. Shapes: B images, C channels, H = W = input_size, p = patch_size, T = (H/p)^2 tokens by rows, D = hidden_size.
 """
 
@@ -84,7 +84,7 @@ def interpolate(x, noise, t, path="linear"):
 
 
 def stream(purpose, seed, index=0, device="cpu"):
-    """The generator of one step or image: `index` counts on from a hash, so that no two of a purpose share numbers."""
+    """The generator of one step, image or label: `index` counts on from a hash, so that no two of a seed are one."""
     return torch.Generator(device).manual_seed((crc32(f"{purpose} {seed}".encode()) + index) % 2**32)
 
 
@@ -92,7 +92,7 @@ def draws(x, generator=None, part=(0, 1)):
     """-> draw(sample, *shape): torch.rand's or torch.randn's numbers for each image of x, [len(x), *shape], beside x.
 
     They come from `generator`, on its device. part = (i, n) says that x is the i-th of n equal parts of a batch: the
-    draws are those of the whole batch, so that n ranks, or n accumulated parts, train as one.
+    draws are those of the whole batch: n ranks or parts, each with a generator of the same state, train as one.
     """
     (i, n), size = part, len(x)
     device = generator.device if generator is not None else x.device
@@ -105,7 +105,7 @@ def draws(x, generator=None, part=(0, 1)):
 
 
 def training_draws(model, x, y, config, generator=None, part=(0, 1), times=lambda draw: draw(torch.rand)):
-    """The random numbers of a step, always in this order -> t [B] = times(draw), noise like x, y [B] with drops."""
+    """A loss's random numbers, in this order -> t = times(draw), [B], noise like x, y [B], in training with drops."""
     draw = draws(x, generator, part)
     t, noise = times(draw), draw(torch.randn, *x.shape[1:])
     if model.training:
@@ -131,7 +131,7 @@ def irepa_loss(model, x, y, target, config, generator=None, part=(0, 1)):
     """The loss of a step, as a dict of scalars: loss, denoise, align. Its random numbers: see training_draws.
 
     x [B, C, H, W] clean images in [-1, 1] or scaled latents, y [B] labels, target [B, T, encoder_dim] the teacher's
-    raw tokens (ignored without projector).
+    raw tokens z (ignored without projector).
     """
     t, noise, y = training_draws(model, x, y, config, generator, part)
     x_t, velocity = interpolate(x, noise, t, config.path)
@@ -168,9 +168,9 @@ def precise(noise):
 
 @torch.no_grad()
 def sample_ode(velocity, noise, steps, heun=False):
-    """Integrate dx/dt = velocity(x, t) from t = 1 (noise, [B, ...]) to 0 in equal Euler or Heun steps.
+    """Integrate dx/dt = velocity(x, t) from t = 1 (noise, [B, ...]) to 0 in equal steps of Euler's or Heun's.
 
-    t is a 0-dim float64 tensor on the CPU. The state is float64; the result has the dtype of `noise`.
+    t is a 0-dim float64 tensor on the CPU. The state is float64 (see precise); the result has the dtype of `noise`.
     """
     x, times = precise(noise), torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     for t, t_next in zip(times[:-1], times[1:]):
@@ -195,8 +195,8 @@ def sample_sde(velocity, noise, steps, generator, last_step=0.04, path="linear")
     for t, t_next in zip(times[:-1], times[1:]):
         v = velocity(x, t)
         alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
-        # x = alpha X + sigma E and v = alpha' X + sigma' E, of the expected data X and noise E given x; without X,
-        # E = (ratio v - x) / (ratio sigma' - sigma), and the score of the Gaussian noise is -E / sigma
+        # given x, the expected data X and noise E solve x = alpha X + sigma E, v = alpha' X + sigma' E: with the ratio
+        # alpha / alpha', E = (ratio v - x) / (ratio sigma' - sigma). The score of the density of x is -E / sigma
         ratio = alpha / d_alpha
         score = (ratio * v - x) / (sigma**2 - ratio * d_sigma * sigma)
         w, dt = 2 * t, t_next - t
@@ -283,7 +283,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block whose layer norms are shifted, scaled and gated by the condition (adaLN-Zero, DiT)."""
+    """A transformer block: the condition shifts and scales its norms and gates its branches (adaLN-Zero, DiT)."""
 
     def __init__(self, dim, num_heads, qk_norm):
         super().__init__()
@@ -348,7 +348,7 @@ class SiT(nn.Module):
             self.projectors.apply(xavier)
 
     def initialize(self):
-        """Every initialisation of the trunk. Zero gates and a zero last layer: a new model outputs exactly 0."""
+        """The trunk's initial weights. Zero gates and a zero last layer: a new model outputs exactly 0."""
         self.apply(xavier)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a patch embedding is a Linear of a patch
         nn.init.zeros_(self.x_embedder.proj.bias)
@@ -377,7 +377,7 @@ class SiT(nn.Module):
         return self.unpatchify(x), h
 
 
-# ---- Config: each field is a flag of train.py too, with its comment as the help ----
+# ---- Config: what the data does not fix is a flag of train.py too, with its comment as the help ----
 
 # name: (depth, width, heads, block after which the alignment sits); DiT's sizes, REPA's depths
 SIZES = {"S": (12, 384, 6, 4), "B": (12, 768, 12, 4), "L": (24, 1024, 16, 8), "XL": (28, 1152, 16, 8)}
@@ -446,5 +446,5 @@ def look_up(cls, family, sizes, patches, name, overrides):
     return known[name]
 
 
-# What train.py and sample.py take of a method, here as in each file of variants/: Config, Sampling, solve, and
+# What a method gives to train.py and sample.py (a file of variants/: what it changes): Config, Sampling, solve, and
 model, loss = SiT, irepa_loss

@@ -7,8 +7,8 @@
 The defaults are the protocol of the reported numbers: EMA weights, SDE Euler-Maruyama with 250 steps, no guidance.
 Noise and label of image i depend on (seed, i) alone, so that its pixels are the same for any batch size or number of
 processes, to float rounding. A JSON beside the samples records every setting and the checkpoint's hash. A run that was
-stopped goes on when it is started again: finished batches lie in NAME.parts until the last one is there (PNG folders
-of --out-dir start anew).
+stopped goes on when it is started again: finished batches lie in NAME.parts until the last one is there (not so with
+--out-dir: what is there stays as it is, and another folder starts from the first image).
 """
 
 import argparse
@@ -42,7 +42,7 @@ from plumbing.records import save_grid, to_uint8, versions
 __all__ = ["guided", "load_checkpoint", "sample_ode", "sample_sde"]  # importable from here, too
 
 
-PATHS = "ckpt device npz vae vae_weights latent_stats".split()  # what they name is in `latent` and the hash
+PLACES = "ckpt device npz vae vae_weights latent_stats".split()  # may change between starts; hash and latent may not
 
 
 @dataclass
@@ -85,7 +85,9 @@ def generate(model, labels, indices, seed=0, solve=solve, how=Sampling()):
     solve is the method's sampler, how its settings. FloatingPointError if an image is not finite.
     """
     config, device = model.config, next(model.parameters()).device
-    generators = [stream("image", seed, i) for i in indices]  # on the CPU: the same numbers on any device
+    generators = [
+        stream("image", seed, i) for i in indices
+    ]  # for its noise, then for the SDE's; on the CPU: the same on any device
     noise = randn((len(labels), config.in_channels, config.input_size, config.input_size), generators, device)
     x = solve(model, labels.to(device), noise, generators, how)
     if not torch.isfinite(x).all():
@@ -94,7 +96,7 @@ def generate(model, labels, indices, seed=0, solve=solve, how=Sampling()):
 
 
 def choose_labels(wanted, indices, num_classes, seed):
-    """The label of each image: [n] int64, a function of (wanted, seed, index) alone."""
+    """The label of each image: [n] int64, a function of (wanted, seed, index) and the number of classes."""
     if wanted == "random":
         streams = [stream("label", seed, i) for i in indices]
         return torch.tensor([int(torch.randint(num_classes, (), generator=generator)) for generator in streams])
@@ -297,7 +299,7 @@ def main(argv=None):
         record.update(latent=opened.latent and opened.latent.spec)
         # one process looks: another may already have begun to write
         folder_lock = (
-            hold_unfinished(unfinished, record, leave_out=PATHS) if is_first() and not asked.out_dir else nullcontext()
+            hold_unfinished(unfinished, record, leave_out=PLACES) if is_first() and not asked.out_dir else nullcontext()
         )
     with folder_lock, mistakes("sample.py", FloatingPointError, OSError):
         write_samples(asked, opened, target, unfinished, rows, record)

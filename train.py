@@ -1,4 +1,4 @@
-"""Train a SiT with iREPA, REPA or neither, on CPU, one GPU or many.
+"""Train a diffusion transformer with iREPA, REPA or neither, on CPU, one GPU or many.
 
     python train.py --demo                                        five minutes on a laptop, no download
     python train.py --data photos.zip --image-size 32 --model SiT-S/4 --steps 20000 --out runs/photos
@@ -9,10 +9,10 @@
 
 OUT holds config.json (every setting, versions), log.jsonl (a line each --log-every steps), samples/ (grids from the
 EMA), curves.png, last.pt and the --keep newest checkpoints by number. A flag wins over a preset (--method, --demo), a
-preset over a default. Data order is a function of (seed, step) and the batch size; noise, times and label drops are one
-of these and the kind of device: a resumed run, or one on another number of processes, sees the same batches.
-After SIGTERM or SIGINT the step at hand is finished and saved, exit code 75 (the same again ends the run at once); a
-user's mistake exits with 2.
+preset over a default. The order of the data depends on the seed, the step and the batch size, noise, times and label
+drops on these and on the kind of device: a resumed run, or one on another number of processes, sees the same batches.
+After SIGTERM or SIGINT the step at hand is finished and saved (the next one, where it was done but for its records),
+exit code 75; the same signal again ends the run at once. A user's mistake exits with 2.
 """
 
 import copy
@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from inputs.formats import workers_for
 from inputs.images import BrokenImage
 from inputs.latents import decode, encode, to_latent
-from inputs.teachers import load_encoder as load_encoder
+from inputs.teachers import load_encoder as load_encoder  # importable from here, too
 from irepa import draws, stream
 from plumbing.checkpoints import hold_folder, save_checkpoint
 from plumbing.files import mistakes
@@ -87,8 +87,8 @@ def feed(job, indices, start, ranks):
         pin_memory=job.device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
-    for n, batch in enumerate(loader):
-        yield (ranks.rank + n % run.accumulate * ranks.world, parts), *to_device(job.device, batch)
+    for count, batch in enumerate(loader):
+        yield (ranks.rank + count % run.accumulate * ranks.world, parts), *to_device(job.device, batch)
 
 
 def to_device(device, batch):
@@ -101,7 +101,7 @@ def to_device(device, batch):
 
 
 class Learner:
-    """One network that learns by one loss. A method may bring a Learner of its own, with these names."""
+    """One network that learns by one loss. A method may bring its own Learner; the loop calls all but `inputs`."""
 
     def __init__(self, job, ranks, indices):
         self.job, self.ranks = job, ranks
@@ -126,17 +126,18 @@ class Learner:
 
     def gradients(self, step, parts):
         """Add up the gradients of this process's `parts` of a batch (see feed) -> the means of its terms, scalars."""
-        job, world, terms = self.job, self.ranks.world, {}
+        job, world, own, terms = self.job, self.ranks.world, self.job.run.accumulate, {}
         for (i, n), images, labels, moments in parts:
-            target = job.teacher(images) if job.teacher else None
-            generator = stream("step", job.run.seed, step, job.device)
+            z = job.teacher(images) if job.teacher else None
+            generator = stream("step", job.run.seed, step, job.device)  # each part draws what the whole batch draws
             x = self.inputs(images, moments, generator, part=(i, n))
-            with nullcontext() if i + world >= n or world == 1 else self.wrapped.no_sync():
+            last = i + world >= n  # of this process's own; the processes exchange gradients once
+            with nullcontext() if last or world == 1 else self.wrapped.no_sync():
                 with job.autocast():
-                    losses = job.method.loss(self.wrapped, x, labels, target, job.config, generator, part=(i, n))
-                (losses["loss"] / (n // world)).backward()
+                    losses = job.method.loss(self.wrapped, x, labels, z, job.config, generator, part=(i, n))
+                (losses["loss"] / own).backward()
             for name, value in losses.items():
-                terms[name] = terms.get(name, 0) + value.detach() / (n // world)
+                terms[name] = terms.get(name, 0) + value.detach() / own
         return terms
 
     def decoder(self, ema):
@@ -191,7 +192,7 @@ def update(networks, optimisers, statistics_before, clip, rate):
 
 @torch.no_grad()  # or each step would hang its history on the average
 def average(ema, model, decay):
-    """Move the average's parameters and statistics towards the model's; what counts is copied."""
+    """Move the average's parameters and statistics towards the model's; counters are copied."""
     moving = [[*net.parameters(), *statistics([net])] for net in (ema, model)]
     torch._foreach_lerp_(*moving, 1 - decay)
     for old, new in zip(ema.buffers(), model.buffers()):
@@ -343,5 +344,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # before the first step, or a second time
+    except KeyboardInterrupt:  # while the run was being opened, or for the second time
         sys.exit(130)

@@ -136,14 +136,13 @@ def memory(work, steps):
     run, seen = start(*flags, "--ckpt-every", steps // 10, "--out", work / "run"), {}
     while run.poll() is None:
         time.sleep(0.2)
-        log = work / "run/log.jsonl"
-        rows = log.read_text().splitlines() if log.exists() else []
+        rows = len(steps_in(work / "run"))
         try:
             pages = int(Path(f"/proc/{run.pid}/statm").read_text().split()[1])
         except (OSError, IndexError):
             break
-        if len(rows) in range(1, 200) and pages:  # not the end, which draws the curves
-            seen[len(rows) * 10 // 200] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        if rows in range(1, 200) and pages:  # not the end, which draws the curves
+            seen[rows * 10 // 200] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     assert run.wait() == 0
     values = [seen[k] for k in sorted(seen)]
     print(f"memory: MiB by tenth of {steps} steps: {' '.join(f'{v:.0f}' for v in values)}")
@@ -234,6 +233,8 @@ def fuzz(work, count, seed):
     good = True
     for name, (source, path, read) in readers.items():
         whole = source.read_bytes() if isinstance(source, Path) else None
+        if whole:
+            read(source)  # the good one, or a reader that refuses everything would do
         number = count if whole is None or len(whole) < 2**20 else max(1, count // 20)
         outcome = {"read": 0, "refused": 0, "failed": []}
         for first in tqdm(range(0, number, 50), desc=name, leave=False):

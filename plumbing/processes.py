@@ -119,7 +119,7 @@ def compile_blocks(model, wanted):
 
 @contextmanager
 def noted_signals():
-    """-> a list to which the first SIGTERM or SIGINT is added; a second one ends the process at once."""
+    """-> a list to which the first SIGTERM or SIGINT is added; the same again ends the process at once."""
     noted = []
 
     def note(number, _):

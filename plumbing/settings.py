@@ -51,7 +51,7 @@ class Run(Source):
     lr: float = 1e-4  # AdamW, first beta 0.9, no weight decay
     beta2: float = 0.999  # second beta of AdamW
     warmup: int = 0  # steps of linear warm-up of the learning rate
-    lr_schedule: str = "constant"  # after the warm-up: constant or cosine
+    lr_schedule: str = "constant"  # constant or cosine, over all steps; times the warm-up
     clip: float | None = 1.0  # gradient norm, or none
     ema: float = 0.9999  # decay of the moving average of the weights, a step
     ema_warmup: bool = False  # let the decay rise to --ema as (1 + step) / (10 + step)
