@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import socket
 import sys
+from pathlib import Path
 
+HERE = str(Path(__file__).parent.parent)
 FORKED = multiprocessing.get_context("forkserver")
 # where one cannot be had, the program says so when it imports it
 FORKED.set_forkserver_preload(
@@ -21,7 +23,7 @@ def act(root, module, flags, said, settings):
     multiprocessing.set_start_method(None, force=True)  # it loads data in processes of the system's usual kind
     os.environ.update(OMP_NUM_THREADS="1", **settings)
     os.chdir(root)
-    sys.path.insert(0, str(root))
+    sys.path[:] = [str(root), *(path for path in sys.path if path != HERE)]
     with open(said, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

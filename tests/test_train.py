@@ -9,9 +9,8 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ import train
 from inputs.formats import Folder
 from irepa import Sampling
 from plumbing import records
+from plumbing.files import lock
 from tests.common import (
     HERE,
     RUN,
@@ -34,10 +34,9 @@ from tests.common import (
     run_sample,
     same_weights,
     settings,
-    torchrun,
     weights,
 )
-from tests.processes import call
+from tests.processes import FORKED, call
 
 
 def test_batches_cover_epochs_and_do_not_depend_on_ranks():
@@ -148,20 +147,20 @@ def test_a_signal_ends_the_step_saves_and_exits_75(photos, tmp_path, monkeypatch
 def test_all_ranks_stop_after_the_same_step(photos, tmp_path):
     script = tmp_path / "signalled.py"
     script.write_text(
-        "import os, signal, sys\nimport irepa, train\nloss, calls = irepa.loss, []\n"
+        f"import os, signal, sys\nsys.path.append({str(HERE)!r})\nimport irepa, train\nloss, calls = irepa.loss, []\n"
         "def planted(*args, **kwargs):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return loss(*args, **kwargs)\n"
-        "irepa.loss = planted\ntrain.main(sys.argv[1:])\n"
+        "irepa.loss, main = planted, train.main\n"
     )
     flags = ["--data", photos, "--steps", 200, "--log-every", 200, "--ckpt-every", 200, "--out", tmp_path / "run"]
-    done = torchrun(script, *RUN, *flags)
-    assert "exitcode  : 75" in done.stderr and "stopped by a signal after step 3" in done.stdout
+    codes, said = call(tmp_path, tmp_path, "signalled", *RUN, *flags, world=2)
+    assert codes == [75, 75] and said.count("stopped by a signal after step 3") == 1
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 3
     script.write_text(script.read_text().replace("signal.SIGTERM", "signal.SIGKILL"))
-    done = torchrun(script, "--resume", "--out", tmp_path / "run")  # a rank that dies takes the others along
-    assert done.returncode and "Signal 9" in done.stderr
+    codes, said = call(tmp_path, tmp_path, "signalled", "--resume", "--out", tmp_path / "run", world=2)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, codes[1])  # a rank that dies leaves no other waiting
 
 
 def test_a_full_disk_loses_no_checkpoint(photos, tmp_path, monkeypatch, capsys):
@@ -195,25 +194,37 @@ def test_a_damaged_checkpoint_is_named_with_the_newest_good_one(photos, tmp_path
     run("--resume", "--out", out, "--steps", 4)
 
 
+def hold(folder, line):
+    held = lock(folder)
+    line.send("held")
+    line.recv()
+    held.close()
+
+
+@contextmanager
+def holding(folder):
+    """Another process holds the folder meanwhile, and is then killed."""
+    ours, theirs = FORKED.Pipe()
+    process = FORKED.Process(target=hold, args=(folder, theirs))
+    process.start()
+    assert ours.recv() == "held"
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
 def test_a_second_run_in_one_folder_is_refused(photos, tmp_path, capsys):
-    out, hold = tmp_path / "run", "import sys, plumbing.files as f; h = f.lock(sys.argv[1]); print(1); input()"
+    out, unfinished = tmp_path / "run", tmp_path / "s.npz.parts"
     run(*RUN, "--data", photos, "--out", out, "--sample-every", 0)
-    torch.save(torch.load(out / "last.pt"), tmp_path / "m.pt")
-    (tmp_path / "s.npz.parts").mkdir()
-    for folder, call in (
-        (out, lambda: run("--resume", "--out", out, "--steps", 5)),
-        (
-            tmp_path / "s.npz.parts",
-            lambda: run_sample("--ckpt", out / "last.pt", "--num", 1, "--npz", tmp_path / "s.npz"),
-        ),
-    ):
-        command = [sys.executable, "-c", hold, folder]
-        other = subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        other.stdout.readline()
-        assert "another process is writing to" in refused(capsys, call)
-        other.kill()  # however it ends
-        other.wait()
-        call() if folder == out else None
+    unfinished.mkdir()
+    again = run, "--resume", "--out", out, "--steps", 5
+    samples = run_sample, "--ckpt", out / "last.pt", "--num", 1, "--steps", 2, "--npz", tmp_path / "s.npz"
+    for folder, (program, *flags) in ((out, again), (unfinished, samples)):
+        with holding(folder):
+            assert "another process is writing to" in refused(capsys, program, *flags)
+        program(*flags)  # the other was killed, and left its file
 
 
 def test_the_rate_warms_up_then_falls_and_the_decay_rises():
