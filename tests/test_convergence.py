@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import train
-from experiments import convergence
+from experiments import convergence, convergence_report
 from inputs import teachers
 from inputs.foreign import read_weights
 from inputs.formats import Folder
@@ -51,6 +51,7 @@ def few(monkeypatch):
     for module in (convergence, jobs):
         monkeypatch.setattr(module, "Shapes", lambda size, count: Shapes(size, 200))
     monkeypatch.setattr(jobs, "Folder", Folder)  # which convergence.py replaces
+    monkeypatch.setattr(train, "plot", lambda out: None)  # the curves of each run, half a second, which nobody reads
     flags = "--image-size 16 --model SiT-S/4 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4"
     budget = dict(flags=f"{flags} --encoder-depth 1 --log-every 2 --precision fp32", points=2, images=12, learn=3)
     monkeypatch.setitem(convergence.BUDGETS, "minutes", dict(budget, sampling="--sampler heun --steps 2"))
@@ -71,6 +72,7 @@ def test_a_comparison_that_was_stopped_goes_on(few, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "straight/curves.png").width > 1000
     assert Image.open(tmp_path / "straight/samples.png").height == 2 * (16 * 6 + 4)  # a row an arm
 
+    monkeypatch.setattr(convergence_report, "plot", lambda *args: None)  # seen above, and slow
     compare("stopped", "--arms", "sit")
     whole, calls = convergence.measure, []
 
