@@ -104,11 +104,10 @@ def refused(capsys, program, *flags):
 
 
 def torchrun(script, *flags):
-    """Two processes of a file, or of a module by its dotted name, as torchrun starts them."""
+    """Two processes of a file, started by torchrun itself; tests.processes.call does without its ten seconds."""
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
-    what = [HERE / script] if Path(script).suffix == ".py" else ["-m", script]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *what, *flags]
-    return subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / script]
+    return subprocess.run([*map(str, [*command, *flags])], env=env, capture_output=True, text=True, timeout=120)
 
 
 def plant(monkeypatch, act):

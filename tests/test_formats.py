@@ -64,6 +64,9 @@ def test_each_file_of_a_bad_folder_ends_in_an_image_or_in_its_name(tmp_path):
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
     data = Folder(tmp_path / "data", 16, skip_broken=True, progress=False)
     assert len(data) == 6 and data.classes == ["bad", "good ones é"]
+    images, labels = data[np.arange(6)]  # what was left out has moved no image to another's name or label
+    assert labels.tolist() == [0, 1, 1, 1, 1, 1] and all(file.startswith("good") for file in data.files[1:])
+    assert np.array_equal(images.permute(0, 2, 3, 1), [data.decode(file) for file in data.files])
     for name in ("cut.jpg", "empty.jpg", "text.jpg", "huge.png", "gone.png"):
         assert sum(f"bad/{name} cannot be decoded" in broken for broken in data.broken) == 1
     assert before == {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
