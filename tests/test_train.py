@@ -44,6 +44,8 @@ def test_batches_cover_epochs_and_do_not_depend_on_ranks():
     whole = np.concatenate(list(train.batches(np.arange(24), nine, 0, 0, 1)))
     for epoch in range(3):
         assert sorted(whole[24 * epoch : 24 * epoch + 24]) == list(range(24))
+    other = train.batch_at(0, np.arange(24), settings("--batch-size", "24", "--seed", "1"), {})
+    assert len({tuple(order) for order in (np.arange(24), *whole.reshape(3, 24), other)}) == 5  # each its own order
     parted = settings("--batch-size", "8", "--steps", "9", "--accumulate", "2")
     ranks = [list(train.batches(np.arange(24), parted, 0, rank, 2)) for rank in range(2)]
     assert np.array_equal(np.concatenate([part for pair in zip(*ranks) for part in pair]), whole)
