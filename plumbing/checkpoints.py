@@ -194,7 +194,7 @@ def read_last(out):
 
     try:
         return read(out / "last.pt")
-    except ValueError as e:
+    except (ValueError, FileNotFoundError) as e:
         for path in sorted(out.glob("step-*.pt"), reverse=True):
             try:
                 read(path)

@@ -139,7 +139,7 @@ def saved_settings(out):
     """-> (the settings of the run in `out`, its checkpoint or None where it was stopped before the first)."""
     if not out.is_dir():
         raise FileNotFoundError(f"--resume: {out} does not exist; name the run with --out, or leave --resume out")
-    if (out / "last.pt").exists():
+    if (out / "last.pt").exists() or any(out.glob("step-*.pt")):  # a lost last.pt is no reason to start anew
         checkpoint = read_last(out)
         return checkpoint["settings"], checkpoint
     if not (out / "config.json").exists():

@@ -72,6 +72,8 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, capsys):
         assert all(torch.equal(v, b["opt"]["state"][i][k]) for k, v in state.items())
     assert any((a["ema"][k] != v).any() for k, v in a["model"].items()) and a["classes"] == ["cats", "dogs"]
     (tmp_path / "straight/last.pt").rename(tmp_path / "kept.pt")  # as a run stopped before its first checkpoint
+    for numbered in (tmp_path / "straight").glob("step-*.pt"):
+        numbered.unlink()
     assert json.loads((tmp_path / "straight/config.json").read_text())["device"] == "cpu"
     assert "nothing to do" in refused(capsys, run, *again, "--steps", 6)
     run("--resume", "--out", tmp_path / "straight")
@@ -200,6 +202,10 @@ def test_a_damaged_checkpoint_is_named_with_the_newest_good_one(photos, tmp_path
     message = refused(capsys, run, "--resume", "--out", out, "--steps", 5)
     assert "last.pt is damaged" in message and "good one is" in message
     assert f"{out}/step-0000003.pt: copy it to {out}/last.pt" in message
+    (out / "last.pt").unlink()
+    log = (out / "log.jsonl").read_bytes()
+    assert f"{out}/step-0000003.pt: copy it to {out}/last.pt" in refused(capsys, run, "--resume", "--out", out)
+    assert (out / "log.jsonl").read_bytes() == log
     shutil.copy(out / "step-0000003.pt", out / "last.pt")
     run("--resume", "--out", out, "--steps", 4)
 
