@@ -23,19 +23,46 @@ TINY = dict(
 )
 
 
-def fill(model, strong=False):
-    """Weights that depend on their names alone."""
+def drawn(name, shape):
+    """Normal numbers that depend on the name alone."""
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
+
+
+def weak(name, draw):
+    return 0.05 * draw
+
+
+def strong(name, draw):
+    """With 0.05 the attention is almost uniform, and most mistakes leave no trace."""
+    scale = 1.5 / math.sqrt(np.prod(draw.shape[1:])) if draw.ndim > 1 else 0.1
+    return draw * scale + name.endswith("norm.weight")
+
+
+def fill(model, recipe=weak):
+    """Weights that depend on their names alone: recipe(name, normal numbers) of each."""
     for name, p in model.state_dict().items():
         if name != "pos_embed":
-            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape))
-            scale = 1.5 / math.sqrt(np.prod(p.shape[1:])) if p.dim() > 1 else 0.1
-            draw = draw * (scale if strong else 0.05) + (strong and name.endswith("norm.weight"))
-            p.copy_(torch.from_numpy(draw.astype(np.float32)))
+            p.copy_(torch.from_numpy(recipe(name, drawn(name, p.shape)).astype(np.float32)))
     return model.eval()
 
 
 def normal(seed, *shape):
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def parts_make_a_whole(loss, model, batch, seed):
+    """-> the loss of a batch (x, y, target); its halves, each with a generator of the same state, average to it."""
+    size = len(batch[0]) // 2
+
+    def of(rows, part=(0, 1)):
+        generator = torch.Generator().manual_seed(seed)
+        return loss(model, *(a[rows] for a in batch), model.config, generator, part)
+
+    whole = of(slice(None))
+    halves = [of(slice(i * size, (i + 1) * size), (i, 2)) for i in range(2)]
+    for key in whole:
+        torch.testing.assert_close(whole[key], (halves[0][key] + halves[1][key]) / 2)
+    return whole
 
 
 # ---- The two changes of iREPA ----
@@ -102,16 +129,9 @@ def test_each_index_has_a_stream_of_its_own():
 
 def test_loss_is_its_formula_and_parts_make_a_whole():
     config = Config(**TINY, gamma=0.6, proj_coeff=0.7)
-    model = fill(SiT(config), strong=True).train()
+    model = fill(SiT(config), strong).train()
     x, y, target = normal(0, 4, 4, 8, 8), torch.arange(4), normal(1, 4, 16, 24)
-
-    def loss(part=(0, 1), rows=slice(None)):
-        return irepa_loss(model, x[rows], y[rows], target[rows], config, torch.Generator().manual_seed(12), part)
-
-    whole = loss()
-    halves = [loss((i, 2), slice(2 * i, 2 * i + 2)) for i in range(2)]
-    for key in whole:
-        torch.testing.assert_close(whole[key], (halves[0][key] + halves[1][key]) / 2)
+    whole = parts_make_a_whole(irepa_loss, model, (x, y, target), 12)
     torch.testing.assert_close(whole["loss"], whole["denoise"] + 0.7 * whole["align"])
     g = torch.Generator().manual_seed(12)
     t, noise, drop = torch.rand(4, generator=g), torch.randn(x.shape, generator=g), torch.rand(4, generator=g)
@@ -151,7 +171,7 @@ def test_samplers_carry_noise_to_a_known_gaussian(path):
 
 
 class Counting(torch.nn.Module):
-    """A model of known velocity that counts its forwards: v = x * t + y."""
+    """A model of known velocity, x * t + y, that counts its forwards."""
 
     config = Config(num_classes=10)
 
@@ -240,7 +260,7 @@ def test_numbers_of_the_released_code():
     x, feat = normal(0, 3, 4, 8, 8), normal(1, 3, 16, 24)
     t, y = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([1, 10, 7])
     for kind, qk_norm, v_sum, v_some, h_some in NUMBERS:
-        model = fill(SiT(Config(**TINY, projector=kind, qk_norm=qk_norm)), strong=True)
+        model = fill(SiT(Config(**TINY, projector=kind, qk_norm=qk_norm)), strong)
         with torch.no_grad():
             v, h = model(x, t, y)
         got = torch.stack([v.square().mean(), v[0, 0, 0, 0], v[1, 1, 3, 5], v[2, 3, 7, 7], h[0, 0, 0], h[1, 7, 11]])
@@ -251,7 +271,7 @@ def test_numbers_of_the_released_code():
 
 def test_alignment_reaches_no_block_after_its_depth():
     config = Config(**TINY)
-    model = fill(SiT(config), strong=True)
+    model = fill(SiT(config), strong)
     batch = normal(0, 2, 4, 8, 8), torch.tensor([1, 2]), normal(1, 2, 16, 24)
     irepa_loss(model, *batch, config)["align"].backward()
     touched = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in model.blocks]
@@ -261,7 +281,7 @@ def test_alignment_reaches_no_block_after_its_depth():
 
 def test_without_a_projector_nothing_is_aligned():
     config = Config(**TINY, projector=None)
-    model = fill(SiT(config), strong=True)
+    model = fill(SiT(config), strong)
     losses = irepa_loss(model, normal(0, 2, 4, 8, 8), torch.tensor([1, 2]), None, config)
     assert losses["align"] == 0 and losses["loss"] == losses["denoise"] > 0
 

@@ -1,14 +1,11 @@
 """What several test files use: tiny networks and runs, and a look at what a run leaves behind."""
 
 import json
-import math
 import os
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,35 +16,10 @@ import train
 from plumbing.settings import resolve
 
 HERE = Path(__file__).parent.parent  # the repository's root
-TINY = dict(
-    input_size=8,
-    hidden_size=96,
-    depth=4,
-    num_heads=4,
-    encoder_depth=2,
-    encoder_dim=24,
-    projector_dim=64,
-    num_classes=10,
-)
 RUN = (
     "--image-size 16 --model SiT-S/4 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4 --lr 1e-3"
     " --log-every 2 --ckpt-every 3 --device cpu --precision fp32"
 ).split()
-
-
-def fill(model, strong=False):
-    """Weights that depend on their names alone."""
-    for name, p in model.state_dict().items():
-        if name != "pos_embed":
-            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape))
-            scale = 1.5 / math.sqrt(np.prod(p.shape[1:])) if p.dim() > 1 else 0.1
-            draw = draw * (scale if strong else 0.05) + (strong and name.endswith("norm.weight"))
-            p.copy_(torch.from_numpy(draw.astype(np.float32)))
-    return model.eval()
-
-
-def normal(seed, *shape):
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
 # ---- Inputs ----

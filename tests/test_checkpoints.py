@@ -10,7 +10,8 @@ import torch
 
 from irepa import Config, SiT
 from plumbing.checkpoints import load_checkpoint
-from tests.common import TINY, fill, same_weights
+from test_irepa import TINY, fill
+from tests.common import same_weights
 
 
 def released(kind, path, legacy=False, **extra):

@@ -3,7 +3,6 @@
 import json
 import math
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ from PIL import Image
 
 import fid
 from inputs.images import center_crop, to_rgb
-from tests.common import HERE, normal
+from test_irepa import drawn, normal
+from tests.common import HERE
 from tests.processes import call
 
 
@@ -23,7 +23,7 @@ def inception(tmp_path_factory):
     for name, p in fid.InceptionV3().state_dict().items():
         if not p.is_floating_point():
             continue  # the released file has no batch counters
-        draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape))
+        draw = drawn(name, p.shape)
         if name.endswith("conv.weight") or name == "fc.weight":
             draw *= math.sqrt(2 / np.prod(p.shape[1:]))
         elif name.endswith("running_var"):

@@ -2,11 +2,10 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent.parent
+from tests.common import HERE
 
 
 def module_of(file):

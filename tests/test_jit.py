@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import zlib
 from dataclasses import asdict
 
 import numpy as np
@@ -15,7 +14,8 @@ from inputs.formats import Folder
 from irepa import alignment_loss, spatial_norm
 from plumbing.checkpoints import load_checkpoint
 from plumbing.settings import network_config, resolve
-from tests.common import RUN, normal, refused, rows_of, run, run_sample, same_weights, save_images, settings, weights
+from test_irepa import Counting, fill, normal, parts_make_a_whole
+from tests.common import RUN, refused, rows_of, run, run_sample, same_weights, save_images, settings, weights
 from variants import jit
 
 JIT = dict(
@@ -26,12 +26,7 @@ JIT = dict(
 
 def jit_model(**changes):
     """A tiny JiT whose weights depend on their names, with norms about 1: only then do rotations and norms show."""
-    model = jit.JiT(jit.Config(**{**JIT, **changes}))
-    for name, p in model.state_dict().items():
-        if name != "pos_embed":
-            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape)) * 0.1
-            p.copy_(torch.from_numpy((draw + ("norm" in name)).astype(np.float32)))
-    return model.eval()
+    return fill(jit.JiT(jit.Config(**{**JIT, **changes})), lambda name, draw: 0.1 * draw + ("norm" in name))
 
 
 def some(x):
@@ -91,14 +86,7 @@ def test_sizes_are_the_published_ones(name, size, count):
 def test_loss_is_its_formula_in_the_papers_time_and_parts_make_a_whole():
     model = jit_model(noise_scale=2.0, P_mean=0.5, P_std=2.0).train()
     config, x, y, target = model.config, normal(0, 4, 3, 32, 32), torch.arange(4), normal(1, 4, 64, 24)
-
-    def loss(part=(0, 1), rows=slice(None)):
-        return jit.loss(model, x[rows], y[rows], target[rows], config, torch.Generator().manual_seed(9), part)
-
-    whole = loss()
-    halves = [loss((i, 2), slice(2 * i, 2 * i + 2)) for i in range(2)]
-    for key in whole:
-        torch.testing.assert_close(whole[key], (halves[0][key] + halves[1][key]) / 2)
+    whole = parts_make_a_whole(jit.loss, model, (x, y, target), 9)
     g = torch.Generator().manual_seed(9)
     u = 1 / (1 + torch.exp(-0.5 - 2 * torch.randn(4, generator=g)))
     e, drop = 2 * torch.randn(x.shape, generator=g), torch.rand(4, generator=g)
@@ -126,18 +114,10 @@ def test_alignment_reaches_no_block_after_its_depth(depth):
     assert (model.in_context_posemb.grad is not None) == (depth > 2)
 
 
-class Imagining(torch.nn.Module):
+class Imagining(Counting):
     """A JiT of known image, x * t + y, that counts its forwards."""
 
     config = jit.Config(**JIT, noise_scale=2.0)
-
-    def __init__(self):
-        super().__init__()
-        self.scale, self.sizes = torch.nn.Parameter(torch.ones(())), []
-
-    def forward(self, x, t, y):
-        self.sizes.append(len(x))
-        return self.scale * x * t.view(-1, 1, 1, 1) + y.view(-1, 1, 1, 1), None
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.1, 0.7), (0.25, 0.75), (0.1, 1.0)])

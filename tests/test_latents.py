@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from inputs import latents
 from inputs.formats import Folder
-from tests.common import HERE, RUN, normal, refused, rows_of, run, run_sample, same_weights, toy_vae, weights
+from test_irepa import normal
+from tests.common import HERE, RUN, refused, rows_of, run, run_sample, same_weights, toy_vae, weights
 from tests.processes import call
 
 LATENT = [*RUN, "--model", "SiT-S/2", "--vae-precision", "fp32"]

@@ -1,7 +1,6 @@
 """MeanFlow: target, loss and sampler are the official code's and their formulas, and a run of it is whole."""
 
 import json
-import zlib
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -12,30 +11,14 @@ import torch
 import train
 from irepa import alignment_loss, interpolate, spatial_norm, stream
 from plumbing.checkpoints import load_checkpoint
-from tests.common import (
-    RUN,
-    TINY,
-    black_and_white,
-    normal,
-    refused,
-    rows_of,
-    run,
-    run_sample,
-    same_weights,
-    settings,
-    weights,
-)
+from test_irepa import TINY, fill, normal, parts_make_a_whole
+from tests.common import RUN, black_and_white, refused, rows_of, run, run_sample, same_weights, settings, weights
 from variants import meanflow
 
 
 def meanflow_model(**changes):
     """A tiny MeanFlow whose weights depend on their names alone."""
-    model = meanflow.MeanFlow(meanflow.Config(**{**TINY, **changes}))
-    for name, p in model.state_dict().items():
-        if name != "pos_embed":
-            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape)) * 0.1
-            p.copy_(torch.from_numpy(draw.astype(np.float32)))
-    return model.eval()
+    return fill(meanflow.MeanFlow(meanflow.Config(**{**TINY, **changes})), lambda name, draw: 0.1 * draw)
 
 
 def flow(n=4):
@@ -156,15 +139,8 @@ def test_without_its_additions_it_is_flow_matching():
 
 def test_parts_make_a_whole():
     model = meanflow_model().train()
-    config, x, y, target = model.config, normal(3, 8, 4, 8, 8), torch.arange(8), normal(4, 8, 16, 24)
-
-    def loss(part=(0, 1), rows=slice(None)):
-        return meanflow.loss(model, x[rows], y[rows], target[rows], config, torch.Generator().manual_seed(9), part)
-
-    whole = loss()
-    halves = [loss((i, 2), slice(4 * i, 4 * i + 4)) for i in range(2)]
-    for key in whole:
-        torch.testing.assert_close(whole[key], (halves[0][key] + halves[1][key]) / 2)
+    batch = normal(3, 8, 4, 8, 8), torch.arange(8), normal(4, 8, 16, 24)
+    parts_make_a_whole(meanflow.loss, model, batch, 9)
 
 
 def test_each_image_has_its_weight_and_a_quarter_of_a_batch_its_r():

@@ -17,20 +17,8 @@ from inputs.latents import load_vae, per_channel
 from irepa import Sampling, alignment_loss, interpolate, spatial_norm
 from plumbing.checkpoints import load_checkpoint
 from plumbing.records import to_uint8
-from tests.common import (
-    RUN,
-    TINY,
-    fill,
-    normal,
-    refused,
-    rows_of,
-    run,
-    run_sample,
-    same_weights,
-    save_images,
-    settings,
-    torchrun,
-)
+from test_irepa import TINY, fill, normal, strong
+from tests.common import RUN, refused, rows_of, run, run_sample, same_weights, save_images, settings, torchrun
 from variants import repa_e
 
 JOINT = [*RUN, *"--method repa_e --image-size 32 --model SiT-S/2 --vae tiny --lpips none --disc-width 4".split()]
@@ -49,7 +37,7 @@ def joint():
     """What a step takes: config, networks, a batch, and vae_loss(coefficient, perceptual) of it."""
     config = repa_e.Config(**TINY)
     model = latent_normal(repa_e.SiT(config))
-    model.load_state_dict({**model.state_dict(), **fill(irepa.SiT(config), strong=True).state_dict()})
+    model.load_state_dict({**model.state_dict(), **fill(irepa.SiT(config), strong).state_dict()})
     torch.manual_seed(0)
     vae, disc = load_vae("tiny").vae.requires_grad_(True), repa_e.Discriminator(4)
     batch = normal(0, 4, 3, 32, 32).clamp(-1, 1), torch.tensor([1, 2, 3, 4]), normal(1, 4, 16, 24)

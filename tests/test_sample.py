@@ -14,7 +14,8 @@ import irepa
 import sample
 from irepa import Config, Sampling, SiT
 from plumbing.records import to_uint8
-from tests.common import TINY, fill, refused, rows_of, run, run_sample
+from test_irepa import TINY, fill, strong
+from tests.common import refused, rows_of, run, run_sample
 
 
 def test_what_samplers_are_made_of_is_irepas():
@@ -24,7 +25,7 @@ def test_what_samplers_are_made_of_is_irepas():
 
 @pytest.mark.parametrize("sampler", ["sde", "heun"])
 def test_samples_depend_on_seed_and_index_alone(sampler):
-    model = fill(SiT(Config(**TINY)), strong=True)
+    model = fill(SiT(Config(**TINY)), strong)
     labels = sample.choose_labels("random", range(5), 10, seed=3)
     how = Sampling(sampler=sampler, steps=4, cfg=2.0)
     together = sample.generate(model, labels, range(5), seed=3, how=how)
@@ -78,7 +79,7 @@ def test_demo_then_sample(tmp_path, capsys):
 
 
 def test_sampling_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    model = fill(SiT(Config(**{**TINY, "in_channels": 3})), strong=True)
+    model = fill(SiT(Config(**{**TINY, "in_channels": 3})), strong)
     torch.save(dict(ema=model.state_dict(), config=asdict(model.config)), tmp_path / "m.pt")
     flags = ["--ckpt", tmp_path / "m.pt", "--steps", 2, "--num", 7, "--batch-size", 2, "--npz"]
     run_sample(*flags, tmp_path / "whole.npz")

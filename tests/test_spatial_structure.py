@@ -10,7 +10,7 @@ from PIL import Image
 
 from experiments import spatial_structure as spatial
 from inputs.shapes import Shapes
-from tests.common import normal
+from test_irepa import normal
 
 
 def halves(side):

@@ -9,7 +9,7 @@ from inputs.foreign import build_webssl, mocov3_names, webssl_names
 from inputs.teachers import load_encoder
 from irepa import Config, SiT
 from plumbing.processes import mixed
-from tests.common import TINY, fill
+from test_irepa import TINY, fill
 
 
 def test_timm_teacher(tmp_path, monkeypatch):
