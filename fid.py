@@ -21,7 +21,7 @@ import time
 import zipfile
 import zlib
 from collections import OrderedDict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +140,7 @@ def resize(images):
 
 def load_inception(file=None, device="cpu", fast=False):
     """-> (InceptionV3 ready to use, sha256 of its weights). `file`, or the released weights, downloaded once.
-    ValueError or FileNotFoundError, with what to do, where the weights are absent or are something else."""
+    ValueError, with what to do, where the weights are absent or are something else."""
     path = Path(file or Path(torch.hub.get_dir(), "checkpoints", URL.rsplit("/", 1)[1]))
     try:
         if not file and not path.exists():
@@ -227,9 +227,8 @@ def inception_score(logits, split_size=5000):
 
 
 def precision_recall(reference, samples, k=3):
-    """(precision, recall) of features [N, D], [M, D] (Kynkaanniemi et al., 2019, as in ADM's evaluator): the share of
-    samples within some reference's distance to its k-th neighbour, and the reverse. Distances are float64, in blocks.
-    ValueError for k or fewer features on a side."""
+    """(precision, recall) of features [N, D], [M, D] (Kynkaanniemi et al., 2019; ADM): the share of samples within some
+    reference's distance to its k-th neighbour, and the reverse, in float64. ValueError for k or fewer on a side."""
     reference, samples = (torch.as_tensor(x).double() for x in (reference, samples))
     check(min(len(reference), len(samples)) > k, f"precision and recall need more than k = {k} images on each side")
 
@@ -244,7 +243,7 @@ def precision_recall(reference, samples, k=3):
     return covered(samples, reference), covered(reference, samples)
 
 
-# ---- Images in ----
+# ---- Images in: npz, folders and zips as uint8 pixels ----
 class Npz:
     """arr_0 of an .npz, read as a stream: a set of 50,000 images of 256 px is 9.8 GB."""
 
@@ -279,9 +278,9 @@ class Files:
     """The images in a folder or a .zip, at any depth, sorted by name; with crop, centre-cropped to that side."""
 
     def __init__(self, path, crop=None):
-        self.name, self.path, self.crop, self.zipped = str(path), Path(path), crop, not Path(path).is_dir()
-        if self.zipped:
-            files = zipfile.ZipFile(path).namelist()
+        self.name, self.path, self.crop, self.zips, self.size = str(path), Path(path), crop, {}, None
+        if self.path.is_file():
+            files = self.zip().namelist()
         else:
             files, seen = [], set()
             for folder, below, names in os.walk(path, followlinks=True):
@@ -292,14 +291,22 @@ class Files:
                 files += [(Path(folder) / name).relative_to(path).as_posix() for name in names]
         self.files = sorted(f for f in files if f.lower().endswith(EXTENSIONS) and not re.search(r"(^|/)(\.|__MAC)", f))
         check(self.files, f"it holds no images ({' '.join(EXTENSIONS)})")
-        self.count, self.size = len(self.files), None
-        self.size = tuple(self[0].shape[1:])
+        self.count, self.size = len(self.files), tuple(self[0].shape[1:])
+
+    def zip(self):
+        key = os.getpid()  # an open file position cannot be shared between processes
+        if key not in self.zips:
+            self.zips = {key: zipfile.ZipFile(self.path)}
+        return self.zips[key]
+
+    def __getstate__(self):
+        return {**self.__dict__, "zips": {}}
 
     def __getitem__(self, i):
         """Image i as uint8 [3, H, W]. ValueError, with its name, where it cannot be read or has another size."""
         where = f"{self.name}/{self.files[i]}"
         try:
-            file = open_zip(self.path, os.getpid()).open(self.files[i]) if self.zipped else self.path / self.files[i]
+            file = self.zip().open(self.files[i]) if self.path.is_file() else self.path / self.files[i]
             image = to_rgb(Image.open(file))
         except Exception as e:  # whatever PIL or zipfile raises, on purpose: the formats' readers raise anything
             raise ValueError(f"{where} cannot be read ({type(e).__name__}: {e})") from e
@@ -313,12 +320,6 @@ class Files:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), high - low)
         return DataLoader(Subset(self, range(low, high)), batch_size, num_workers=workers)
-
-
-@cache
-def open_zip(path, process):
-    """A handle for each process: two that share one share its position in the file."""
-    return zipfile.ZipFile(path)
 
 
 def to_rgb(image):
@@ -366,7 +367,7 @@ def open_set(path, crop=None):
     return images, statistics
 
 
-# ---- Evaluate ----
+# ---- Evaluate: from the arguments to the table ----
 def extract(images, model, device, batch_size, rank=0, world=1):
     """The network over an image set -> (pool [N, 2048] float32, statistics), whole on rank 0, a share elsewhere.
     ValueError, on every rank, where an image cannot be used on any."""
@@ -496,9 +497,8 @@ def evaluate(args, rank, world, local):
         dist.init_process_group("gloo")  # a few hundred MB once, from the CPU: it works everywhere
         if local:
             dist.barrier()  # the first process of each machine downloads
-    model, digest, moved, sides = None, None, None, []
-    if any(images for images, _ in sets):
-        model, digest = load_inception(args.inception, device, args.fast)
+    seen, moved, sides = [images for images, _ in sets if images], None, []
+    model, digest = load_inception(args.inception, device, args.fast) if seen else (None, None)
     if world > 1 and not local:
         dist.barrier()
     known = sorted({digest, *(stored.get("inception") for _, stored in sets)} - {None})
@@ -511,9 +511,9 @@ def evaluate(args, rank, world, local):
         sides.append((pool, stored if "mu" in stored else statistics))
     if rank > 0:
         return
-    if args.fast and model:
+    if args.fast and seen:
         moved, (exact, _) = 0, load_inception(args.inception, device)
-        for images in (images for images, _ in sets if images):
+        for images in seen:
             batch = next(images.batches(0, min(args.batch_size, images.count), args.batch_size)).to(device)
             wanted = exact(batch)[0]
             moved = max(moved, ((model(batch)[0] - wanted).abs().mean() / wanted.abs().mean()).item())
