@@ -37,7 +37,7 @@ from tqdm import tqdm
 import fid
 import sample
 import train
-from experiments.convergence_report import report, rows_of
+from experiments.convergence_report import report
 from inputs.formats import Folder
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
@@ -46,6 +46,7 @@ from plumbing.checkpoints import read_checkpoint
 from plumbing.files import mistakes, write_text, write_whole
 from plumbing.flags import make_parser
 from plumbing.processes import fast_bf16, pick_device
+from plumbing.records import rows_of
 from plumbing.settings import network_config, resolve
 
 PROGRAM = "experiments.convergence"

@@ -10,13 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from plumbing.files import write_text
-from plumbing.records import save_grid, versions
-
-
-def rows_of(path):
-    """The rows of a .jsonl, without a half-written last one; none if there is no file."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(row) for row in text.splitlines(keepends=True) if row.endswith("}\n")]
+from plumbing.records import rows_of, save_grid, versions
 
 
 def collect(args):

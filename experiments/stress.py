@@ -30,6 +30,7 @@ from plumbing.checkpoints import open_checkpoint
 from plumbing.files import mistakes
 from plumbing.flags import make_parser
 from plumbing.processes import STOPPED
+from plumbing.records import rows_of
 
 ROOT = Path(__file__).parent.parent
 TRAIN = (
@@ -55,9 +56,7 @@ def start(*command):
 
 def steps_in(out):
     """The steps of the whole rows of a log."""
-    log = out / "log.jsonl"
-    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-    return [json.loads(row)["step"] for row in rows if row.endswith("\n")]
+    return [row["step"] for row in rows_of(out / "log.jsonl")]
 
 
 # ---- Interrupted runs ----

@@ -86,6 +86,12 @@ def open_log(out, record, resumed):
     return log
 
 
+def rows_of(log):
+    """The rows of a .jsonl, without a half-written last one; none if there is no file."""
+    text = log.read_text() if log.exists() else ""
+    return [json.loads(row) for row in text.splitlines(keepends=True) if row.endswith("}\n")]
+
+
 def append(log, row):
     with open(log, "a") as f:
         f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
@@ -130,7 +136,7 @@ def plot(out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+    rows = rows_of(out / "log.jsonl")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     steps = [row["step"] for row in rows]
     for axis, names in zip(axes, (("denoise", "held_out"), ("align",))):
