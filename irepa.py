@@ -14,7 +14,7 @@ ones. Shapes: B images, C channels, H = W = input_size, p = patch_size, T = (H/p
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from zlib import crc32
 
 import torch
@@ -84,7 +84,7 @@ def interpolate(x, noise, t, path="linear"):
 
 
 def stream(purpose, seed, index=0, device="cpu"):
-    """The generator of one step, image or label: `index` counts on from a hash, so that no two of a seed are one."""
+    """The generator of one step, image or label: the index counts on from a hash, so that no two of them collide."""
     return torch.Generator(device).manual_seed((crc32(f"{purpose} {seed}".encode()) + index) % 2**32)
 
 
@@ -441,8 +441,8 @@ def look_up(cls, family, sizes, patches, name, overrides):
     """-> the row of `sizes` and the patch size that `name`, as "SiT-B/2", asks for; ValueError as in Config.named."""
     known = {f"{family}-{size}/{patch}": (sizes[size], patch) for size in sizes for patch in patches}
     check(name in known, f"unknown model {name!r}; there are {' '.join(known)}")
-    own = cls.__dataclass_fields__
-    check(overrides.keys() <= own.keys(), f"unknown fields {set(overrides) - set(own)}; there are {' '.join(own)}")
+    own = [field.name for field in fields(cls)]
+    check(set(overrides) <= set(own), f"unknown fields {set(overrides) - set(own)}; there are {' '.join(own)}")
     return known[name]
 
 

@@ -85,9 +85,8 @@ def generate(model, labels, indices, seed=0, solve=solve, how=Sampling()):
     solve is the method's sampler, how its settings. FloatingPointError if an image is not finite.
     """
     config, device = model.config, next(model.parameters()).device
-    generators = [
-        stream("image", seed, i) for i in indices
-    ]  # for its noise, then for the SDE's; on the CPU: the same on any device
+    # one for each image, for its start and then for the SDE's noise; on the CPU: the same numbers on any device
+    generators = [stream("image", seed, i) for i in indices]
     noise = randn((len(labels), config.in_channels, config.input_size, config.input_size), generators, device)
     x = solve(model, labels.to(device), noise, generators, how)
     if not torch.isfinite(x).all():

@@ -106,10 +106,9 @@ class Step:
         average(self.ema, self.model, 0.9999)
 
     def loss(self, target):
+        generator = stream("step", 0, self.n, self.device)
         with self.autocast():
-            return irepa_loss(self.model, self.x, self.y, target, self.config, stream("step", 0, self.n, self.device))[
-                "loss"
-            ]
+            return irepa_loss(self.model, self.x, self.y, target, self.config, generator)["loss"]
 
     def __call__(self):
         loss = self.loss(self.teacher())

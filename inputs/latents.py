@@ -369,7 +369,6 @@ def main(argv=None):
             Path(asked.out).mkdir(parents=True, exist_ok=True)
         with lock(asked.out) if is_first() else nullcontext():
             written = write_cache(data, vae, spec, asked.out, device, rank=ranks.rank, world=ranks.world)
-        ranks.meet()
         ranks.part()
         if is_first():
             Cached(data, asked.out)  # checks every shard
