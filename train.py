@@ -27,8 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from inputs.formats import workers_for
-from inputs.images import BrokenImage
+from inputs.images import BrokenImage, workers_for
 from inputs.latents import decode, encode, to_latent
 from inputs.teachers import load_encoder as load_encoder  # importable from here, too
 from irepa import draws, stream
@@ -93,8 +92,7 @@ def feed(job, indices, start, ranks):
 
 def to_device(device, batch):
     """(images or None, labels, moments or None) of a batch, on the device."""
-    images, labels, moments = (*batch, None)[:3]
-    return (a if a is None else a.to(device, non_blocking=True) for a in (images, labels, moments))
+    return (a if a is None else a.to(device, non_blocking=True) for a in batch[:3])
 
 
 # ---- A step ----

@@ -28,7 +28,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import fid
-from inputs.formats import Folder
+from inputs.images import ImageSet
 from inputs.latents import Cached
 from inputs.teachers import DRAWN, load_encoder
 from irepa import Config, Sampling, SiT, irepa_loss, stream
@@ -188,7 +188,7 @@ def sample(args, device):
 
 
 def data(args, device):
-    images = Folder(args.data, 256, progress=False)
+    images = ImageSet(args.data, 256, progress=False)
     images.images, rows, order = None, [], np.random.RandomState(0).permutation(len(images))  # decode, as of ImageNet
     some = order[: min(64, len(order))]
     rivals = {"decode and crop a file": lambda: images[some]}

@@ -38,7 +38,7 @@ import fid
 import sample
 import train
 from experiments.convergence_report import report
-from inputs.formats import Folder
+from inputs.images import ImageSet
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
 from plumbing import jobs
@@ -125,7 +125,7 @@ def fit(network, logits, data, steps, device, desc):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
     network.to(device).train()
     for _ in tqdm(range(steps), desc, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30):
-        images, labels = (a.to(device) for a in data[np.sort(rng.choice(seen, 128))])
+        images, labels = (a.to(device) for a in data[np.sort(rng.choice(seen, 128))][:2])
         flips = torch.from_numpy(rng.random(128) < 0.5).to(device)
         images = torch.where(flips[:, None, None, None], images.flip(3), images)
         side = images.shape[-1]
@@ -141,7 +141,7 @@ def fit(network, logits, data, steps, device, desc):
     right = 0
     with torch.no_grad():
         for part in np.array_split(unseen, -(-len(unseen) // 256)):
-            images, labels = data[part]
+            images, labels = data[part][:2]
             right += (logits(images.to(device)).argmax(1).cpu() == labels).sum().item()
     return right / len(unseen)
 
@@ -376,8 +376,8 @@ def main(argv=None):
     with mistakes(PROGRAM):
         args, (run, config) = prepare(sys.argv[1:] if argv is None else argv)
         device, out, size = pick_device(args.device), Path(args.out), run.image_size
-        jobs.Folder = functools.lru_cache(1)(Folder)  # the legs' too: decoding CIFAR-10 takes ten seconds
-        data = jobs.Folder(args.data, size, run.skip_broken, True) if args.data else Shapes(size, 10_000)
+        jobs.ImageSet = functools.lru_cache(1)(ImageSet)  # the legs' too: decoding CIFAR-10 takes ten seconds
+        data = jobs.ImageSet(args.data, size, run.skip_broken, True) if args.data else Shapes(size, 10_000)
         grid = config.input_size // config.patch_size
         if args.learn_teacher is not None:
             file = Path(args.encoder_weights)

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import fid
-from inputs.formats import Folder
+from inputs.images import ImageSet
 from inputs.latents import Cached, read_manifest
 from plumbing.checkpoints import open_checkpoint
 from plumbing.files import mistakes
@@ -203,7 +203,7 @@ def make_files(work):
     images = np.random.RandomState(0).randint(0, 256, (12, 16, 16, 3)).astype(np.uint8)
     np.savez(work / "set.npz", arr_0=images)
     np.savez(work / "stats.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048), np.float16))
-    return state, Folder(work / "photos", 16, progress=False)
+    return state, ImageSet(work / "photos", 16, progress=False)
 
 
 def fuzz(work, count, seed):
@@ -225,7 +225,7 @@ def fuzz(work, count, seed):
         "checkpoint, entries": (state, mutant.with_suffix(".pt"), open_checkpoint),
         "cache, manifest": (cache / "manifest.json", cache / "manifest.json", cached),
         "cache, shard": (cache / "moments-00000.npy", cache / "moments-00000.npy", cached),
-        "zip of images": (work / "photos.zip", mutant.with_suffix(".zip"), lambda p: Folder(p, 16, True, False)),
+        "zip of images": (work / "photos.zip", mutant.with_suffix(".zip"), lambda p: ImageSet(p, 16, True, False)),
         "npz, images": (work / "set.npz", mutant.with_suffix(".npz"), image_set),
         "npz, statistics": (work / "stats.npz", mutant.with_suffix(".npz"), image_set),
     }

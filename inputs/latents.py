@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from inputs.formats import Folder, workers_for
+from inputs.images import Batch, ImageSet, workers_for
 from plumbing.files import lock, mistakes, one_line, read_pt, write_text, write_whole
 from plumbing.flags import add_flags, make_parser
 from plumbing.processes import is_first, pick_device, start_ranks
@@ -215,7 +215,7 @@ def open_vae(source, device):
 
 
 def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
-    """The moments of each image of `data` (a Folder) as float16 shards under `out`, each written whole or not at all.
+    """The moments of each image of an ImageSet as float16 shards under `out`, each written whole or not at all.
 
     manifest.json says what they are. A shard that is there is kept: a run that was stopped goes on. With `world`
     processes each takes every world-th shard. ValueError where `out` holds another cache.
@@ -253,11 +253,11 @@ def write_cache(data, vae, spec, out, device, batch_size=16, rank=0, world=1):
     parts = [np.arange(i, min(i + batch_size, stop)) for s, stop in stops.items() for i in range(s, stop, batch_size)]
     feed = torch.utils.data.DataLoader(data, batch_size=None, sampler=parts, num_workers=workers_for(data))
     with tqdm(total=count, unit="img", desc="encoding", disable=rank > 0) as bar:
-        for part, (images, _) in zip(parts, feed):
+        for part, batch in zip(parts, feed):
             start = part[0] // shard * shard
             if part[0] == start:
                 moments = np.empty((stops[start] - start, *shape), np.float16)
-            encoded = encode(vae, images.to(device))
+            encoded = encode(vae, batch.images.to(device))
             if not torch.isfinite(encoded).all() or encoded.abs().max() > 65504:
                 raise ValueError(f"the VAE's moments of {data.files[part[0]]} and after it do not fit float16")
             moments[part - start] = encoded.cpu().numpy()
@@ -284,7 +284,7 @@ def open_shard(out, start, shard, shape):
 
 
 def digest_of(data):
-    """Of a Folder's file names and their sizes in bytes: other images seldom have both the same."""
+    """Of an ImageSet's file names and their sizes in bytes: other images seldom have both the same."""
     return hashlib.sha256("\n".join(f"{f} {data.bytes_of(f)}" for f in data.files).encode()).hexdigest()
 
 
@@ -304,7 +304,7 @@ def read_manifest(path):
 
 
 class Cached:
-    """A Folder with its cache: data[indices] -> (uint8 [B, 3, S, S] for the teacher or None, labels, moments).
+    """An ImageSet with its cache: data[indices] -> Batch, without images where the teacher needs none.
 
     ValueError where the cache is unfinished, or is of other images. Shards are memory-mapped: nothing is read ahead.
     """
@@ -339,8 +339,8 @@ class Cached:
             if start not in self.maps:
                 self.maps[start] = np.load(shard_path(self.path, start, self.shard), mmap_mode="r", allow_pickle=False)
             moments.append(self.maps[start][i - start])
-        images = self.data[indices][0] if self.decode else None
-        return images, torch.from_numpy(self.labels[indices]), torch.from_numpy(np.stack(moments))
+        images = self.data[indices].images if self.decode else None
+        return Batch(images, torch.from_numpy(self.labels[indices]), torch.from_numpy(np.stack(moments)))
 
 
 # ---- Command line ----
@@ -361,7 +361,7 @@ def main(argv=None):
             raise ValueError("name a folder with --out, and a --vae, or images from 128 px up")
         device = pick_device(asked.device)
         vae, spec = open_vae(asked, device)
-        data = Folder(asked.data, asked.image_size, asked.skip_broken, is_first())
+        data = ImageSet(asked.data, asked.image_size, asked.skip_broken, is_first())
         ranks, start = start_ranks(device, 24 * 60), time.time()  # the first to finish waits for the last
         for broken in data.broken if is_first() else []:
             print(f"left out: {broken}")

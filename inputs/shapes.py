@@ -6,6 +6,8 @@ import functools
 import numpy as np
 import torch
 
+from inputs.images import Batch
+
 
 class Shapes:
     """Coloured shapes on coloured ground: image i is drawn from (seed, i), its class is i modulo 10."""
@@ -20,7 +22,7 @@ class Shapes:
 
     def __getitem__(self, indices):
         images = np.stack([draw_shape(int(i) % len(self.classes), self.size, (self.seed, int(i))) for i in indices])
-        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
+        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices]))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from inputs.formats import Folder
+from inputs.images import ImageSet
 from inputs.latents import VAES, Cached, Latents, open_vae, same_spec
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
@@ -21,7 +21,7 @@ class Job(NamedTuple):
     run: Run  # the flags
     method: Method
     config: object  # the method's Config
-    data: object  # the images: Folder, Cached or Shapes
+    data: object  # the images: ImageSet, Cached or Shapes
     teacher: object  # of load_encoder, or None
     latent: Latents | None  # None of a run on pixels
     device: torch.device
@@ -48,15 +48,15 @@ def open_job(argv, description):
     latent = open_vae(run, device)
     spec = latent.spec if latent else None
     shape = network_config(run, method, spec)
-    data = Shapes(run.image_size, 10_000) if run.demo else Folder(run.data, run.image_size, run.skip_broken, is_first())
+    size = run.image_size
+    data = Shapes(size, 10_000) if run.demo else ImageSet(run.data, size, run.skip_broken, is_first())
     if run.latents:
         data = Cached(data, run.latents, images=shape.projector is not None)
         same_spec(spec, data.spec, run.latents)
     teacher = None
     if shape.projector:
         teacher = load_encoder(run.encoder, shape.input_size // shape.patch_size, run.encoder_weights, device)
-        side = run.image_size  # which the teacher may find too small
-        teacher(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+        teacher(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))  # which it may find too small
     config = network_config(run, method, spec, len(data.classes), teacher.dim if teacher else 1)
     if checkpoint:
         same_run(run, config, data, spec, checkpoint)

@@ -11,7 +11,7 @@ import train
 from experiments import convergence, convergence_report
 from inputs import teachers
 from inputs.foreign import read_weights
-from inputs.formats import Folder
+from inputs.images import ImageSet
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
 from plumbing import jobs
@@ -50,7 +50,7 @@ def few(monkeypatch):
     """convergence.py's smallest budget: 200 drawn shapes of 16 px, two legs of two steps."""
     for module in (convergence, jobs):
         monkeypatch.setattr(module, "Shapes", lambda size, count: Shapes(size, 200))
-    monkeypatch.setattr(jobs, "Folder", Folder)  # which convergence.py replaces
+    monkeypatch.setattr(jobs, "ImageSet", ImageSet)  # which convergence.py replaces
     monkeypatch.setattr(train, "plot", lambda out: None)  # the curves of each run, half a second, which nobody reads
     flags = "--image-size 16 --model SiT-S/4 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4"
     budget = dict(flags=f"{flags} --encoder-depth 1 --log-every 2 --precision fp32", points=2, images=12, learn=3)

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inputs.formats import Folder
-from inputs.images import BrokenImage
+from inputs.images import BrokenImage, ImageSet
 
 
 def test_bad_data_is_a_named_error(photos, tmp_path):
     def refused(message, path, kind=ValueError, **settings):
         with pytest.raises(kind, match=message):
-            Folder(path, 16, progress=False, **settings)
+            ImageSet(path, 16, progress=False, **settings)
 
     refused("does not exist", tmp_path / "nowhere", FileNotFoundError)
     (tmp_path / "none").mkdir()
@@ -22,7 +21,7 @@ def test_bad_data_is_a_named_error(photos, tmp_path):
     (tmp_path / "loop").symlink_to(photos)
     (photos / "cats/me").symlink_to(photos)
     try:
-        assert len(Folder(tmp_path / "loop", 16, progress=False)) == 24  # each folder once
+        assert len(ImageSet(tmp_path / "loop", 16, progress=False)) == 24  # each folder once
     finally:
         (photos / "cats/me").unlink()
     (tmp_path / "stray").mkdir()
@@ -39,7 +38,7 @@ def test_bad_data_is_a_named_error(photos, tmp_path):
     (broken / "two/cut.jpg").write_bytes((broken / "two/good.jpg").read_bytes()[:400])
     (broken / "two/empty.png").write_bytes(b"")
     refused("two/cut.jpg.*1 more.*--skip-broken", broken, BrokenImage)
-    data = Folder(broken, 16, skip_broken=True, progress=False)
+    data = ImageSet(broken, 16, skip_broken=True, progress=False)
     assert len(data) == 2 and len(data.broken) == 2 and "cut.jpg" in data.broken[0]
 
 
@@ -62,9 +61,9 @@ def test_each_file_of_a_bad_folder_ends_in_an_image_or_in_its_name(tmp_path):
     (bad / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (bad / "notes.txt").write_text("left alone")
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
-    data = Folder(tmp_path / "data", 16, skip_broken=True, progress=False)
+    data = ImageSet(tmp_path / "data", 16, skip_broken=True, progress=False)
     assert len(data) == 6 and data.classes == ["bad", "good ones é"]
-    images, labels = data[np.arange(6)]  # what was left out has moved no image to another's name or label
+    images, labels, *_ = data[np.arange(6)]  # what was left out has moved no image to another's name or label
     assert labels.tolist() == [0, 1, 1, 1, 1, 1] and all(file.startswith("good") for file in data.files[1:])
     assert np.array_equal(images.permute(0, 2, 3, 1), [data.decode(file) for file in data.files])
     for name in ("cut.jpg", "empty.jpg", "text.jpg", "huge.png", "gone.png"):
@@ -73,5 +72,5 @@ def test_each_file_of_a_bad_folder_ends_in_an_image_or_in_its_name(tmp_path):
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as z:
         for name in ("../../a/up.png", "/b/root.png"):
             z.write(good / "dot.png", name)
-    assert len(Folder(tmp_path / "evil.zip", 16, progress=False)) == 2  # read in place: nothing is extracted
+    assert len(ImageSet(tmp_path / "evil.zip", 16, progress=False)) == 2  # read in place: nothing is extracted
     assert {*before, tmp_path / "evil.zip"} == {*tmp_path.rglob("*")} and not (tmp_path.parent.parent / "a").exists()

@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from inputs.formats import Folder
-from inputs.images import to_rgb
+from inputs.images import ImageSet, to_rgb
 
 
 def test_images_of_every_kind(tmp_path):
@@ -33,8 +32,8 @@ def test_images_of_every_kind(tmp_path):
         ("b c é/small.bmp", rgb.resize((3, 2)), {}),
     ):
         image.save(tmp_path / name, **more)
-    data = Folder(tmp_path, 16, progress=False)
-    images, labels = data[np.arange(len(data))]
+    data = ImageSet(tmp_path, 16, progress=False)
+    images, labels, *_ = data[np.arange(len(data))]
     assert images.shape == (7, 3, 16, 16) and data.classes == ["a", "b c é"] and labels.tolist() == [0] * 4 + [1] * 3
     named = dict(zip((Path(f).name for f in data.files), images))
     assert (named["alpha.png"] == 255).all()  # nothing but white shows through
@@ -48,5 +47,5 @@ def test_images_of_every_kind(tmp_path):
         for file in data.files:
             z.write(tmp_path / file, f"inside/{file}")
         z.writestr("__MACOSX/a/._gray.jpg", b"resource fork")
-    zipped = Folder(tmp_path / "all.zip", 16, progress=False)
+    zipped = ImageSet(tmp_path / "all.zip", 16, progress=False)
     assert zipped.classes == data.classes and torch.equal(zipped[np.arange(7)][0], images)

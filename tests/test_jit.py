@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import sample
-from inputs.formats import Folder
+from inputs.images import ImageSet
 from irepa import alignment_loss, spatial_norm
 from plumbing.checkpoints import load_checkpoint
 from plumbing.settings import network_config, resolve
@@ -224,7 +224,7 @@ def test_a_run_overfits_stops_and_resumes(tmp_path, capsys):
     assert rows[-1]["denoise"] < 0.25 * rows[0]["denoise"] and "held_out" in rows[-1]
     assert rows[-1]["align"] < rows[0]["align"] < 0
     model, config = load_checkpoint(tmp_path / "straight/last.pt")
-    data = Folder(tmp_path / "few", 16)[np.array([0, 6])][0]
+    data = ImageSet(tmp_path / "few", 16)[np.array([0, 6])][0]
     assert isinstance(model, jit.JiT) and config.projector == "conv"
     how = jit.Sampling(steps=10)
     x = sample.generate(model, torch.tensor([0, 1] * 3), range(6), solve=jit.solve, how=how)

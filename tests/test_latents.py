@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from inputs import latents
-from inputs.formats import Folder
+from inputs.images import ImageSet
 from test_irepa import normal
 from tests.common import HERE, RUN, refused, rows_of, run, run_sample, same_weights, toy_vae, weights
 from tests.processes import call
@@ -59,7 +59,7 @@ def test_a_cache_is_written_whole_resumed_and_refused(photos, vae, tmp_path, mon
     shards = sorted(out.glob("moments-*.npy"))
     before = [np.load(shard) for shard in shards]
     assert [b.shape for b in before] == [(16, 8, 8, 8), (8, 8, 8, 8)] and before[0].dtype == np.float16
-    data = Folder(photos, 16, progress=False)
+    data = ImageSet(photos, 16, progress=False)
     moments = latents.encode(latents.load_vae(str(vae))[0], data[np.arange(16, 24)][0])
     torch.testing.assert_close(torch.from_numpy(before[1]).float(), moments, rtol=2e-3, atol=2e-3)
     manifest = json.loads((out / "manifest.json").read_text())

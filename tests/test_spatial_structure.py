@@ -86,7 +86,7 @@ def drawn(tmp_path_factory):
     """Six drawn shapes in one folder, the mask of each but the last, and a table of FIDs."""
     root = tmp_path_factory.mktemp("drawn")
     (root / "images").mkdir(), (root / "masks").mkdir()
-    images, _ = Shapes(64, 6)[range(6)]
+    images = Shapes(64, 6)[range(6)].images
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(root / f"images/{i}.png")
         if i < 5:

@@ -19,7 +19,7 @@ import torch
 
 import sample
 import train
-from inputs.formats import Folder
+from inputs.images import ImageSet
 from irepa import Sampling
 from plumbing import records
 from plumbing.files import lock
@@ -127,7 +127,7 @@ def test_a_non_finite_step_is_not_applied(photos, tmp_path, monkeypatch, capsys,
     flags = [*RUN, "--data", photos, "--steps", 20, "--ckpt-every", 4, "--seed", 5, "--sample-every", 0]
     message = refused(capsys, run, *flags, "--out", tmp_path / "many")
     assert "in 3 steps in a row from step 3 on" in message
-    data, args = Folder(photos, 16, progress=False), argparse.Namespace(seed=5, batch_size=8)
+    data, args = ImageSet(photos, 16, progress=False), argparse.Namespace(seed=5, batch_size=8)
     for i in train.batch_at(3, train.split(24)[0], args, {}):
         assert data.files[i] in message
     state = torch.load(tmp_path / "many/last.pt", weights_only=True)
@@ -287,7 +287,7 @@ def test_no_process_or_file_is_left_behind(photos, tmp_path):
         pytest.skip("open files are counted in /proc")
     sets = [tmp_path / "z.zip", photos]
     with zipfile.ZipFile(sets[0], "w") as z:
-        for file in Folder(photos, 16, progress=False).files:
+        for file in ImageSet(photos, 16, progress=False).files:
             z.write(photos / file, file)
     counts = []
     for n in range(4):
