@@ -9,8 +9,8 @@
 
 OUT holds config.json (every setting, versions), log.jsonl (a line each --log-every steps), samples/ (grids from the
 EMA), curves.png, last.pt and the --keep newest checkpoints by number. A flag wins over a preset (--method, --demo), a
-preset over a default. The order of the data depends on the seed, the step and the batch size, noise, times and label
-drops on these and on the kind of device: a resumed run, or one on another number of processes, sees the same batches.
+preset over a default. The order of the data depends on the seed, the step and the batch size; noise, times, label
+drops and flips on these and on the kind of device: a resumed run, or one on more processes, sees the same batches.
 After SIGTERM or SIGINT the step at hand is finished and saved (the next one, where it was done but for its records),
 exit code 75; the same signal again ends the run at once. A user's mistake exits with 2.
 """
@@ -73,7 +73,7 @@ def batches(indices, run, start, rank, world):
 
 
 def feed(job, indices, start, ranks):
-    """This process's parts of the batches, decoded and on the device: ((i, n), images, labels, moments), part i of n.
+    """This process's parts of the batches, flipped and on the device: ((i, n), images, labels, moments), part i of n.
 
     images are None where neither the network nor the teacher needs them, moments without a cache of latents.
     """
@@ -87,7 +87,9 @@ def feed(job, indices, start, ranks):
         worker_init_fn=ignore_signals,
     )
     for count, batch in enumerate(loader):
-        yield (ranks.rank + count % run.accumulate * ranks.world, parts), *to_device(job.device, batch)
+        step, own = divmod(count, run.accumulate)
+        part, (images, labels, moments) = (ranks.rank + own * ranks.world, parts), to_device(job.device, batch)
+        yield part, job.flipped(images, start + step, part), labels, moments
 
 
 def to_device(device, batch):
@@ -162,8 +164,9 @@ def learning_rate(run, step):
     return run.lr * ramp
 
 
-def ema_decay(run, step):
-    return min(run.ema, (1 + step) / (10 + step)) if run.ema_warmup else run.ema
+def ema_decay(run, step, average="ema"):
+    decay = getattr(run, average)
+    return min(decay, (1 + step) / (10 + step)) if run.ema_warmup else decay
 
 
 def statistics(networks):
@@ -254,12 +257,12 @@ def train(job, signals):
     indices, chunks = split(len(job.data))
     learner = (job.method.Learner or Learner)(job, ranks, indices)
     networks, model = learner.networks, learner.networks["model"]
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    averages = {name: copy.deepcopy(model).requires_grad_(False).eval() for name in run.averages}
     optimisers = {}
     for name, net in networks.items():
         params = [p for p in net.parameters() if p.requires_grad]
         optimisers[name] = torch.optim.AdamW(params, run.lr, (0.9, run.beta2), weight_decay=0.0, fused=True)
-    stored = dict(model=model, ema=ema, opt=optimisers["model"], **learner.stored(optimisers))
+    stored = dict(model=model, **averages, opt=optimisers["model"], **learner.stored(optimisers))
     start, seconds = 0, 0.0
     if job.checkpoint:
         for name, entry in stored.items():
@@ -279,7 +282,8 @@ def train(job, signals):
         rate, before = learning_rate(run, step), [b.clone() for b in statistics(networks.values())]
         terms = learner.gradients(step, (next(incoming) for _ in range(run.accumulate)))
         norms, skipped = update(networks, optimisers, before, run.clip, rate)
-        average(ema, model, ema_decay(run, step))
+        for name, ema in averages.items():
+            average(ema, model, ema_decay(run, step, name))
         meter.add({**terms, **norms}, skipped)
         bar.update()
 
@@ -302,7 +306,7 @@ def train(job, signals):
                     saved = warned(lambda: save_checkpoint(out, {**state, "seconds": meter.seconds}, run.keep))
                 drawn = run.sample_every and (done % run.sample_every == 0 or last) and not stop
                 if drawn:
-                    warned(lambda: draw(ema, learner, out / "samples", done))
+                    warned(lambda: draw(averages["ema"], learner, out / "samples", done))
                 if (drawn or last) and log.stat().st_size:
                     warned(lambda: plot(out))
         if stop:

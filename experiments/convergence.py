@@ -6,7 +6,7 @@
     python -m experiments.convergence --data cifar10_train.zip --encoder timm:test_vit --encoder-weights vit.pt \\
         --learn-teacher 1500 --classifier runs/convergence/classifier.pt --out runs/convergence-vit
     python -m experiments.convergence --budget paper --processes 8 --data data/imagenet/train --inception FILE \\
-        --reference VIRTUAL.stats.npz --encoder dinov2_vitb14 -- --latents data/imagenet/latents-256
+        --reference VIRTUAL_imagenet256_labeled.npz --encoder dinov2_vitb14 -- --latents data/imagenet/latents-256
 
 Each arm and seed is a run of train.py in OUT/ARM-seedN, trained in equal legs; after each leg sample.py draws images
 from its EMA, and their Frechet distance to the training images is taken. What follows `--` goes to train.py for all
@@ -60,21 +60,24 @@ ARMS = {
     "norm-only": "--method repa --gamma 0.6",
 }
 # flags: of train.py; points: number of legs; images, sampling: of sample.py; learn: steps of the classifier, 128 images
+# The paper's average has a constant decay and its samples random labels. The other budgets are ours: short runs, whose
+# average must forget the first weights, and few samples, which are drawn in equal numbers of each class.
 BUDGETS = {
     "minutes": dict(
         flags="--image-size 32 --model SiT-S/4 --hidden-size 128 --depth 4 --num-heads 2 --encoder-depth 2"
-        " --projector-dim 512 --batch-size 32 --steps 1600 --lr 2e-3 --warmup 100 --ema 0.995 --log-every 100",
-        points=4, images=500, sampling="--sampler heun --steps 10", learn=1000,
+        " --projector-dim 512 --batch-size 32 --steps 1600 --lr 2e-3 --warmup 100 --ema 0.995 --ema-warmup"
+        " --log-every 100",
+        points=4, images=500, sampling="--labels balanced --sampler heun --steps 10", learn=1000,
     ),
     "gpu": dict(
         flags="--image-size 32 --model SiT-S/2 --batch-size 256 --steps 1200 --lr 5e-4 --warmup 100 --ema 0.995"
-        " --log-every 100",
-        points=4, images=2000, sampling="--sampler heun --steps 20 --batch-size 500", learn=3000,
+        " --ema-warmup --log-every 100",
+        points=4, images=2000, sampling="--labels balanced --sampler heun --steps 20 --batch-size 500", learn=3000,
     ),
     "paper": dict(
         flags="--image-size 256 --model SiT-XL/2 --batch-size 256 --steps 400000 --lr 1e-4 --ema 0.9999"
-        " --log-every 500",
-        points=8, images=50_000, sampling="--sampler sde --steps 250 --batch-size 64", learn=20_000,
+        " --no-ema-warmup --log-every 500",
+        points=8, images=50_000, sampling="--labels random --sampler sde --steps 250 --batch-size 64", learn=20_000,
     ),
 }  # fmt: skip
 OURS = "method align data demo encoder encoder-weights seed out resume".split()
@@ -242,8 +245,8 @@ def meter(args, data, device):
         network, accuracy = classifier_for(path, data, args.learn, device)
         features, facts = network.features, dict(name="FD-classifier", sha256=sha256(path), accuracy=accuracy)
     if args.reference:
-        stored = np.load(args.reference)
-        if not {"mu", "sigma"} <= set(stored):
+        _, stored = fid.open_set(args.reference)
+        if "mu" not in stored:
             raise ValueError(f"--reference {args.reference} holds no mu and sigma: make it with fid.py --save-stats")
         reference = stored["mu"], stored["sigma"]
     else:
@@ -292,7 +295,7 @@ def measure(args, folder, step, distance):
     """Draw OUT/ARM-seedN/samples-STEP.npz from the EMA, and add its distance to distance.jsonl."""
     npz = folder / f"samples-{step}.npz"
     if not npz.exists():  # what bears the name is whole
-        flags = f"--num {args.images} --labels balanced --seed 0 {args.sampling}".split()
+        flags = f"--num {args.images} --seed 0 {args.sampling}".split()
         flags += ["--ckpt", str(folder / "last.pt"), "--npz", str(npz), *args.decoder]
         call(sample, flags, args.processes)
     rows = [*rows_of(folder / "distance.jsonl"), dict(step=step, distance=distance(batches_of_npz(npz)))]
@@ -318,7 +321,7 @@ def build_parser():
     add("--learn-teacher", type=int, metavar="STEPS", help="make that file first, in as many steps on --data")
     add("--images", type=int, help="samples for the distance")
     add("--inception", metavar="FILE", help="weights as fid.py takes them: the distance is then FID")
-    add("--reference", metavar="FILE", help="statistics of fid.py --save-stats, instead of the training images'")
+    add("--reference", metavar="FILE", help="npz with mu and sigma, as ADM's: instead of the training images'")
     add("--classifier", metavar="FILE", help="read from, or made for, another comparison; default: OUT/classifier.pt")
     add("--processes", type=int, default=1, help="GPUs: above one, under torchrun")
     add("--device", default="auto", help="as in train.py")
@@ -343,7 +346,7 @@ def prepare(argv):
     if args.images < 2 or args.processes < 1 or (args.learn_teacher is not None and args.learn_teacher < 10):
         raise ValueError("--images is at least 2, --processes at least 1, --learn-teacher at least 10")
     args.arms, args.seeds = [*dict.fromkeys(args.arms)], [*dict.fromkeys(args.seeds)]
-    args.flags = [*args.flags.split(), *"--lr-schedule constant --ema-warmup --sample-every 0".split()]
+    args.flags = [*args.flags.split(), *"--lr-schedule constant --sample-every 0".split()]
     args.flags += ["--encoder", args.encoder, *extra]
     args.place = ["--data", args.data] if args.data else ["--demo"]
     args.place += ["--encoder-weights", args.encoder_weights] if args.encoder_weights else []

@@ -10,6 +10,7 @@ from inputs.images import ImageSet
 from inputs.latents import VAES, Cached, Latents, open_vae, same_spec
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
+from irepa import draws, stream
 from plumbing.checkpoints import refuse_used, same_run
 from plumbing.methods import Method
 from plumbing.processes import device_name, fast_bf16, is_first, mixed, pick_device
@@ -33,6 +34,16 @@ class Job(NamedTuple):
 
     def autocast(self):
         return mixed(self.device, self.bf16)
+
+    def flipped(self, images, step, part):
+        """With --flip, each of these images of a step, [B, 3, H, W], mirrored by chance: what teacher and network see.
+
+        part: as in draws(), so that the processes and parts of a batch see the flips of the whole.
+        """
+        if not self.run.flip:
+            return images
+        chance = draws(images, stream("flips", self.run.seed, step, self.device), part)(torch.rand)
+        return torch.where((chance < 0.5).view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def open_job(argv, description):

@@ -11,6 +11,7 @@ A file of variants/ gives what it changes, under these names; what it does not d
 and, where it needs them, what irepa.py has not:
 
     TRAINING    dict of settings of train.py that it changes in training; DEMO: likewise in its --demo
+    scaled      scaled(batch_size) -> likewise those that follow --batch-size where they are not given
     Learner     instead of train.Learner, where one network, one loss and one optimiser are not enough
     check_run   check_run(run): ValueError where flags do not fit the method
     released    released(weights, args) -> the Config fields of a released state dict, or None if it is not its own
@@ -39,6 +40,7 @@ class Method:
     solve: Callable
     TRAINING: dict = field(default_factory=dict)
     DEMO: dict = field(default_factory=dict)
+    scaled: Callable = lambda batch_size: {}
     Learner: type | None = None
     check_run: Callable = lambda run: None
     released: Callable = lambda weights, args: None

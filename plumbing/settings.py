@@ -42,6 +42,7 @@ class Run(Source):
     # data
     demo: bool = False  # a preset: drawn shapes and a small model, minutes on two CPU cores
     workers: int | None = None  # decoding processes a rank; by default none where images are kept in memory
+    flip: bool = False  # mirror half of the images in training, left to right, by chance
     # latents
     latents: str | None = None  # cache of --data's latents; without it the VAE encodes in each step, slowly
     # optimisation
@@ -54,8 +55,9 @@ class Run(Source):
     lr_schedule: str = "constant"  # constant or cosine, over all steps; times the warm-up
     clip: float | None = 1.0  # gradient norm, or none
     ema: float = 0.9999  # decay of the moving average of the weights, a step
-    ema_warmup: bool = False  # let the decay rise to --ema as (1 + step) / (10 + step)
-    seed: int = 0  # of weights, data order, noise, times and label drops
+    ema2: float | None = None  # decay of a second average, which checkpoints hold too, or none
+    ema_warmup: bool = False  # let the decays rise to theirs as (1 + step) / (10 + step)
+    seed: int = 0  # of weights, data order, noise, times, label drops and flips
     precision: str = "auto"  # auto, bf16 or fp32; auto is bf16 autocast where it is fast
     # run
     out: str = ""  # folder for this run, which must not exist; default: runs/METHOD-MODEL
@@ -67,6 +69,11 @@ class Run(Source):
     sample_cfg: float = 1.0  # guidance scale of the grids; 1 is none
     compile: bool | None = None  # torch.compile the blocks; default: on GPUs
     network: dict = field(default_factory=dict)  # the fields of the method's Config that are not as --model has them
+
+    @property
+    def averages(self):
+        """The moving averages of the weights, each by the name of its knob and of its entry in a checkpoint."""
+        return ["ema"] if self.ema2 is None else ["ema", "ema2"]
 
     def record(self):
         """Every setting by its flag's name."""
@@ -102,11 +109,14 @@ def resolve(argv=None, description=None):
     align = OWN.get(method.name) or given.get("align") or saved.get("align", "irepa")
     if align not in ALIGNMENTS:
         raise ValueError(f"--align is one of {', '.join(ALIGNMENTS)}, not {align}")
-    preset = {**ALIGNMENTS[align], **method.TRAINING, "align": align}
+    # a run that goes on has recorded every knob there was; what has come since stays at its default
+    preset = {**ALIGNMENTS[align], **({} if saved else method.TRAINING), "align": align}
     kinds = {f.name: f for f in (*fields(Run), *fields(method.Config)) if f.name not in (*FOUND, "network")}
     saved = {k: None if v == "none" and takes_none(kinds[k]) else v for k, v in saved.items() if k in kinds}
     saved = {k: v for k, v in saved.items() if v is not None or takes_none(kinds[k])}  # older runs wrote None for unset
     merged = {**preset, **demo, **saved, **given, "method": method.name, "out": str(out)}
+    size = max(1, merged.get("batch_size", Run.batch_size))  # check() refuses what is below
+    merged = {**method.scaled(size), **merged}
     own = {f.name for f in fields(Run)}
     run = Run(**{k: v for k, v in merged.items() if k in own})
     run.network = {k: v for k, v in merged.items() if k not in own}
@@ -116,13 +126,17 @@ def resolve(argv=None, description=None):
     check(run, method)
     if checkpoint and checkpoint["step"] >= run.steps:
         raise ValueError(f"{out} is at step {checkpoint['step']} already, and --steps is {run.steps}: nothing to do")
+    if checkpoint and run.ema2 is not None and "ema2" not in checkpoint:
+        raise ValueError(f"{out} was started without a second average: leave --ema2 out")
     return run, method, checkpoint
 
 
 def parser_of(method, model, description):
     """The command line of train.py with the knobs of one method."""
     parser = make_parser("train.py", description)
-    preset = {k: v for k, v in method.TRAINING.items() if k in Run.__annotations__ or k in Source.__annotations__}
+    preset = {k: f"{v}; it follows --batch-size" for k, v in method.scaled(Run.batch_size).items()}
+    preset.update(method.TRAINING)
+    preset = {k: v for k, v in preset.items() if k in Run.__annotations__ or k in Source.__annotations__}
     add_flags(
         parser,
         Run,
@@ -165,8 +179,8 @@ def check(run, method):
             raise ValueError(f"{flag} must not be negative, and is {value}")
     if run.seed >= 2**63:
         raise ValueError(f"--seed must be below 2^63, not {run.seed}")
-    if not all(0 <= share < 1 for share in (run.ema, run.beta2, run.network.get("class_dropout", 0))):
-        raise ValueError("--class-dropout, --ema and --beta2 lie in [0, 1)")
+    if not all(0 <= share < 1 for share in (run.ema, run.ema2 or 0, run.beta2, run.network.get("class_dropout", 0))):
+        raise ValueError("--class-dropout, --ema, --ema2 and --beta2 lie in [0, 1)")
     for name, choices in dict(precision=("auto", "bf16", "fp32"), lr_schedule=("constant", "cosine")).items():
         if getattr(run, name) not in choices:
             raise ValueError(f"--{name.replace('_', '-')} is {' or '.join(choices)}, not {getattr(run, name)}")
@@ -177,6 +191,8 @@ def check(run, method):
         )
     if run.latents and run.vae is None:
         raise ValueError("--latents goes with a --vae, and with images from 128 px up")
+    if run.latents and run.flip:
+        raise ValueError("--flip mirrors images, and --latents holds no mirrored ones: leave one of them out")
     if run.vae == "tiny" and method.Learner is None:
         raise ValueError("--vae tiny starts untrained: it is for a --method that trains its VAE")
     if run.sample_cfg != 1 and not hasattr(method.Sampling(), "cfg"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fid
 import train
 from experiments import convergence, convergence_report
 from inputs import teachers
@@ -55,6 +56,48 @@ def few(monkeypatch):
     flags = "--image-size 16 --model SiT-S/4 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4"
     budget = dict(flags=f"{flags} --encoder-depth 1 --log-every 2 --precision fp32", points=2, images=12, learn=3)
     monkeypatch.setitem(convergence.BUDGETS, "minutes", dict(budget, sampling="--sampler heun --steps 2"))
+
+
+def test_the_papers_budget_is_its_protocol_and_the_others_are_ours(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(convergence, "call", lambda module, flags, processes: asked.append(flags))
+    for budget, warms_up, labels in (
+        ("paper", False, "random"),
+        ("minutes", True, "balanced"),
+        ("gpu", True, "balanced"),
+    ):
+        args, (run, _) = convergence.prepare(["--data", "data", "--budget", budget])
+        assert run.ema_warmup == warms_up
+        (tmp_path / budget).mkdir()
+        convergence.measure(args, tmp_path / budget, 1, lambda batches: 0.0)
+        assert asked[-1][asked[-1].index("--labels") + 1] == labels
+    args, (run, _) = convergence.prepare(["--data", "data", "--budget", "paper"])
+    assert (run.ema, run.batch_size, run.steps, run.lr, run.lr_schedule) == (0.9999, 256, 400_000, 1e-4, "constant")
+    assert {*"--num 50000 --sampler sde --steps 250".split()} <= {*asked[0]} and "--cfg" not in asked[0]
+
+
+def test_a_reference_with_images_counts_by_its_stored_statistics(tmp_path, monkeypatch):
+    rng, against = np.random.RandomState(0), []
+    stored = dict(mu=rng.standard_normal(2048), sigma=rng.standard_normal((2048, 2048)))
+    images = rng.randint(0, 256, (6, 16, 16, 3)).astype(np.uint8)
+    np.savez(tmp_path / "VIRTUAL.npz", arr_0=images, **stored)  # as ADM's
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    (tmp_path / "broken.npz").write_text("no zip")
+    monkeypatch.setattr(fid, "load_inception", lambda *_: (lambda x: (x.float().mean((2, 3)),), "digest"))
+    monkeypatch.setattr(fid, "frechet_distance", lambda *args: against.append(args) or 0.0)
+
+    def meter(name):
+        flags = ["--data", "data", "--budget", "paper", "--inception", "weights", "--reference", str(tmp_path / name)]
+        return convergence.meter(convergence.prepare(flags)[0], Shapes(16, 60), torch.device("cpu"))
+
+    distance, facts = meter("VIRTUAL.npz")
+    distance([torch.zeros(2, 3, 16, 16)])
+    assert facts["name"] == "FID" and len(against) == 2  # of real images, and of samples
+    for _, _, mu, sigma in against:
+        assert np.array_equal(mu, stored["mu"]) and np.array_equal(sigma, stored["sigma"])
+    for name, message in (("images.npz", "holds no mu and sigma"), ("broken.npz", "broken.npz cannot be used")):
+        with pytest.raises(ValueError, match=message):
+            meter(name)
 
 
 def test_a_comparison_that_was_stopped_goes_on(few, tmp_path, monkeypatch):

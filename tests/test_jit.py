@@ -178,9 +178,9 @@ def test_released_checkpoints_load_strictly(tmp_path, capsys, ema, kind):
 
 def test_presets_and_what_it_has_not(photos, tmp_path, capsys):
     asked = settings("--method", "jit")
-    assert (asked.model, asked.vae, asked.lr, asked.beta2, asked.clip, asked.ema) == (
-        "JiT-B/16", None, 5e-5, 0.95, None, 0.9999,
-    )  # fmt: skip
+    assert (asked.model, asked.vae, asked.beta2, asked.clip) == ("JiT-B/16", None, 0.95, None)
+    assert asked.flip and (asked.ema, asked.ema2, asked.ema_warmup) == (0.9999, 0.9996, False)
+    assert not settings().flip and settings().ema2 is None
     alignments = {"irepa": ("conv", 0.8, 0.5), "repa": ("mlp", None, 0.5), "none": (None, 0.8, 0.5)}
     for align, expected in alignments.items():
         config = network_config(*resolve(["--out", "not/there", "--method", "jit", "--align", align])[:2])
@@ -205,20 +205,57 @@ def test_presets_and_what_it_has_not(photos, tmp_path, capsys):
         jit.Config(**{**JIT, "in_context_start": 4})
 
 
-def test_a_run_overfits_stops_and_resumes(tmp_path, capsys):
+def test_rate_and_warm_up_follow_the_batch_size(photos, tmp_path, monkeypatch, capsys):
+    def found(*flags):
+        asked = settings(*flags)
+        return asked.lr, asked.warmup
+
+    own = "--method", "jit", "--batch-size"
+    assert found("--method", "jit") == (5e-5, 25_000) and found(*own, "1024") == (2e-4, 6_250)  # the paper's
+    assert found(*own, "64", "--lr", "1e-3") == (1e-3, 100_000) and found(*own, "64", "--warmup", "7") == (1.25e-5, 7)
+    assert found("--demo", *own, "64") == (2e-3, 100) and found("--batch-size", "1024") == (1e-4, 0)
+    with pytest.raises(ValueError, match="--batch-size must be positive"):
+        settings(*own, "0")
+    with pytest.raises(SystemExit):
+        settings("--method", "jit", "--help")
+    assert "(5e-05; it follows --batch-size)" in capsys.readouterr().out
+    flags = "--image-size 16 --model JiT-S/4 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --sample-every 0"
+    flags += " --device cpu --precision fp32 --method jit"
+    run(*flags.split(), "--data", photos, "--steps", 1, "--out", tmp_path / "run")
+    monkeypatch.setattr(jit, "scaled", lambda batch_size: dict(lr=1.0, warmup=1))  # of another version
+    run("--resume", "--out", tmp_path / "run", "--steps", 2)
+    for name in ("config.json", "config-from-step-1.json"):
+        record = json.loads((tmp_path / "run" / name).read_text())
+        assert (record["lr"], record["warmup"]) == (5e-5 * 8 / 256, 800_000)
+
+
+def test_a_run_from_before_flips_and_a_second_average_goes_on_without(photos, tmp_path):
+    flags = [*RUN, "--data", photos, "--method", "jit", "--model", "JiT-S/4", "--sample-every", 0]
+    run(*flags, "--no-flip", "--ema2", "none", "--out", tmp_path / "straight")
+    run(*flags, "--no-flip", "--ema2", "none", "--steps", 2, "--out", tmp_path / "stopped")
+    old = torch.load(tmp_path / "stopped/last.pt", weights_only=True)
+    del old["settings"]["flip"], old["settings"]["ema2"]
+    torch.save(old, tmp_path / "stopped/last.pt")
+    run("--resume", "--out", tmp_path / "stopped", "--steps", 4)
+    assert same_weights(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
+
+
+def test_a_run_overfits_stops_and_resumes(photos, tmp_path, capsys):
     for name, half in (("left", np.s_[:, :8]), ("top", np.s_[:8])):  # the lit half, which is at 1, the other at -1
         pixels = np.zeros((16, 16, 3), np.uint8)
         pixels[half] = 255
         save_images(tmp_path / "few" / name, 6, Image.fromarray(pixels))
-    flags = [*RUN, "--data", tmp_path / "few", "--method", "jit", "--model", "JiT-S/4", "--log-every", 20]
-    flags += "--lr 3e-3 --warmup 0 --ema 0.9 --hidden-size 64 --class-dropout 0 --sample-every 0".split()
-    run(*flags, "--out", tmp_path / "straight", "--steps", 150, "--lr-schedule", "cosine")
+    flags = [*RUN, "--method", "jit", "--model", "JiT-S/4", "--log-every", 20, "--ema", 0.9, "--ema2", 0.5]
+    flags += "--lr 3e-3 --warmup 0 --hidden-size 64 --class-dropout 0 --sample-every 0 --data".split()
+    flat = tmp_path / "few", "--no-flip"  # a mirrored left is no left
+    run(*flags, *flat, "--out", tmp_path / "straight", "--steps", 150, "--lr-schedule", "cosine")
+    flags += [photos]
     run(*flags, "--out", tmp_path / "stopped", "--steps", 4)
     error = refused(capsys, run, "--resume", "--out", tmp_path / "stopped", "--steps", 8, "--align", "none")
     assert "was started with encoder_dim 128, not 1" in error
     run("--resume", "--out", tmp_path / "stopped", "--steps", 8)
     run(*flags, "--out", tmp_path / "eight", "--steps", 8)
-    for which in ("model", "ema"):
+    for which in ("model", "ema", "ema2"):
         assert same_weights(weights(tmp_path / "eight", which), weights(tmp_path / "stopped", which))
     rows = rows_of(tmp_path / "straight")
     assert rows[-1]["denoise"] < 0.25 * rows[0]["denoise"] and "held_out" in rows[-1]

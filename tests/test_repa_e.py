@@ -16,9 +16,22 @@ import train
 from inputs.latents import load_vae, per_channel
 from irepa import Sampling, alignment_loss, interpolate, spatial_norm
 from plumbing.checkpoints import load_checkpoint
+from plumbing.jobs import open_job
+from plumbing.processes import Ranks
 from plumbing.records import to_uint8
 from test_irepa import TINY, fill, normal, strong
-from tests.common import RUN, refused, rows_of, run, run_sample, same_weights, save_images, settings, torchrun
+from tests.common import (
+    RUN,
+    black_and_white,
+    refused,
+    rows_of,
+    run,
+    run_sample,
+    same_weights,
+    save_images,
+    settings,
+    torchrun,
+)
 from variants import repa_e
 
 JOINT = [*RUN, *"--method repa_e --image-size 32 --model SiT-S/2 --vae tiny --lpips none --disc-width 4".split()]
@@ -125,6 +138,20 @@ def test_losses_are_their_formulas(joint):
         torch.testing.assert_close(losses["loss"], total - 0.1 * disc(recon).mean(), rtol=1e-5, atol=1e-5)
     real, false = torch.tensor([2.0, -1.0]), torch.tensor([-3.0, 0.5])  # patch by patch
     assert repa_e.hinge_loss(lambda v: v, real, false).item() == pytest.approx(0.5 * (2 / 2 + 1.5 / 2))
+
+
+def test_bn_starts_from_images_of_all_classes(tmp_path):
+    few = black_and_white(tmp_path / "few", 290, 24)  # 256 and more of each are trained on
+    job = open_job([*JOINT, "--image-size", "24", "--data", str(few), "--out", str(tmp_path / "run")], None)
+    indices, _ = train.split(len(job.data))
+    bn, other = (repa_e.Learner(job, Ranks(rank, 2), indices).networks["model"].bn for rank in range(2))
+    assert torch.equal(bn.running_mean, other.running_mean) and torch.equal(bn.running_var, other.running_var)
+    with torch.no_grad():
+        colours = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 24, 24)
+        black, white = job.latent.vae.encode(colours).latent_dist.mean
+    apart, middle = (white - black).mean((1, 2)), (white + black).mean((1, 2)) / 2
+    most = apart.abs().argmax()  # the channel that tells them apart; the posterior's noise moves each mean a little
+    assert (bn.running_mean - middle)[most].abs() < apart[most].abs() / 10 and apart[most].abs() > 0.05
 
 
 def test_the_discriminator_is_pix2pixs():

@@ -94,6 +94,8 @@ def test_a_flag_of_another_method_is_unknown(capsys):
         ("--image-size 4 --model SiT-S/2", "at least 8 px"),
         ("--image-size 512 --vae none", "16384 tokens"),
         ("--image-size 12 --latents cache", "--latents goes with a --vae"),
+        ("--image-size 128 --latents cache --flip", "--latents holds no mirrored ones"),
+        ("--ema2 1", "--ema2 and --beta2 lie in [0, 1)"),
         ("--vae nowhere", "neither a file or folder"),
         ("--image-size 132", "VAE's factor 8"),
     ],

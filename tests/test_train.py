@@ -11,6 +11,7 @@ import shutil
 import signal
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from inputs.images import ImageSet
 from irepa import Sampling
 from plumbing import records
 from plumbing.files import lock
+from plumbing.jobs import open_job
+from plumbing.processes import Ranks
 from tests.common import (
     HERE,
     RUN,
@@ -81,6 +84,64 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, capsys):
     rows = [rows_of(tmp_path / name) for name in ("straight", "stopped")]
     assert [r["step"] for r in rows[0]] == [2, 4, 6] and [r["step"] for r in rows[1]] == [2, 3, 4, 6]
     assert rows[0][-1]["held_out"] == rows[1][-1]["held_out"]
+
+
+def test_a_second_average_is_kept_beside_the_first(photos, tmp_path, capsys):
+    flags = [*RUN, "--data", photos, "--sample-every", 0, "--ema", 0.5, "--ckpt-every", 1, "--keep", 4]
+    run(*flags, "--ema2", 0.25, "--out", tmp_path / "two")
+    run(*flags, "--out", tmp_path / "one")
+    states = [torch.load(tmp_path / f"two/step-000000{n}.pt", weights_only=True) for n in range(1, 5)]
+    for before, after in zip(states, states[1:]):
+        for name, decay in dict(ema=0.5, ema2=0.25).items():
+            for k, v in after["model"].items():
+                torch.testing.assert_close(after[name][k], decay * before[name][k] + (1 - decay) * v)
+    assert not same_weights(states[-1]["ema"], states[-1]["ema2"])
+    assert all(same_weights(states[-1][which], weights(tmp_path / "one", which)) for which in ("model", "ema"))
+    assert "ema2" not in torch.load(tmp_path / "one/last.pt", weights_only=True)
+    run(*flags, "--ema2", 0.25, "--steps", 2, "--out", tmp_path / "stopped")
+    run("--resume", "--out", tmp_path / "stopped", "--steps", 4)
+    assert all(same_weights(states[-1][which], weights(tmp_path / "stopped", which)) for which in ("model", "ema2"))
+    error = refused(capsys, run, "--resume", "--out", tmp_path / "one", "--steps", 5, "--ema2", 0.25)
+    assert "was started without a second average: leave --ema2 out" in error
+
+
+def test_flips_depend_on_seed_and_step_and_teacher_and_network_see_the_same(photos, tmp_path):
+    job = open_job([*RUN, "--data", str(photos), "--flip", "--out", str(tmp_path / "run")], None)
+    indices, _ = train.split(len(job.data))
+
+    def seen(start=0, ranks=Ranks(), **changes):
+        changed = job._replace(run=replace(job.run, **changes))
+        return [(part, images) for part, images, _, _ in train.feed(changed, indices, start, ranks)]
+
+    def flips_of(seed):
+        flips = []
+        for (_, now), (_, plain) in zip(seen(seed=seed), seen(seed=seed, flip=False), strict=True):
+            flips.append((now == plain.flip(3)).flatten(1).all(1))
+            assert torch.equal(now[~flips[-1]], plain[~flips[-1]])
+        return torch.stack(flips)
+
+    flips, whole = flips_of(0), seen()
+    assert flips.shape == (4, 8) and 8 < flips.sum() < 24 and not torch.equal(flips, flips_of(1))
+    assert len({str(of_step) for of_step in flips}) == 4
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen(start=2), whole[2:], strict=True))
+    ranks = [seen(ranks=Ranks(rank, 2), accumulate=2) for rank in range(2)]
+    for step, (_, images) in enumerate(whole):
+        parts = dict(part for own in ranks for part in own[2 * step : 2 * step + 2])
+        assert torch.equal(torch.cat([parts[i, 4] for i in range(4)]), images)
+
+    shown = []
+
+    def loss(model, x, *args, **kwargs):
+        shown.append(x)
+        return dict(loss=sum(p.sum() for p in model.parameters()))
+
+    def teacher(images):
+        shown.append(images.float() / 127.5 - 1)
+
+    watched = job._replace(teacher=teacher, method=replace(job.method, loss=loss))
+    learner = train.Learner(watched, Ranks(), indices)
+    learner.gradients(0, [next(train.feed(job, indices, 0, Ranks()))])
+    assert torch.equal(*shown) and torch.equal(shown[0], whole[0][1].float() / 127.5 - 1)
 
 
 def test_two_ranks_equal_one_process(tmp_path):

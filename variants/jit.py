@@ -11,6 +11,8 @@ What changes from irepa.py, where the projector, the spatial norm and the alignm
     loss         the error of the velocity that follows from the image, at times that favour noise
     alignment    of patch tokens only; its defaults are gamma 0.8 and coefficient 0.5
     sampler      50 Heun steps
+    training     half of the images mirrored, rate and warm-up that follow the batch size, and two averages of the
+                 weights, of which the paper reports the better one
 
 The released JiT-H also drops activations of its middle blocks in training, which is left out here: a dropout would
 have to draw from the step's generator for a resumed run to be the same run.
@@ -26,10 +28,15 @@ import torch.nn.functional as F
 import irepa
 from irepa import check, guided, interpolate, modulate, sample_ode, training_draws, with_alignment
 
-# what it changes in train.py, in training and in --demo; lr and warm-up are the paper's 5e-5 a batch of 256 and 5
-# epochs of ImageNet
-TRAINING = dict(model="JiT-B/16", vae=None, lr=5e-5, beta2=0.95, clip=None, warmup=25_000)
+# what it changes in train.py, in training and in --demo
+TRAINING = dict(model="JiT-B/16", vae=None, flip=True, beta2=0.95, clip=None, ema2=0.9996)
 DEMO = dict(model="JiT-S/4", steps=900, sample_every=300, ckpt_every=300, out="runs/jit-demo")
+
+
+def scaled(batch_size):
+    """The paper's learning rate, in proportion to the batch, and its warm-up over 5 epochs of ImageNet, in steps."""
+    return dict(lr=5e-5 * batch_size / 256, warmup=round(25_000 * 256 / batch_size))
+
 
 # name: (depth, width, heads, bottleneck, block after which the alignment sits). B, L, H and patches of 16 (256 px) and
 # 32 (512 px) are the paper's; S, the smaller patches and H's depth of alignment are ours.

@@ -12,18 +12,17 @@ and lets the alignment through instead. One step:
     denoising + proj_coeff alignment           SiT                     2: whole, train mode, no gradient to the latent
     hinge                                      discriminator D         none
 
-Both passes see the same latents, times and noise, and the same target. Gradients are taken by torch.autograd.grad for
-one network at a time: nothing needs freezing and thawing. The latent is not scaled: `bn`, a batch norm without weights,
-comes before the SiT, in pass 1 by its running statistics (constants for the VAE), in pass 2 by those of the batch,
-which move the running ones.
+Both passes see the same latents, times, noise and target. Gradients are taken by torch.autograd.grad for one network at
+a time: nothing needs freezing. The latent is not scaled: `bn`, a batch norm without weights, comes before the SiT, in
+pass 1 by its running statistics (constants for the VAE), in pass 2 by the batch's, which move the running ones.
 
 As released: all of that, the weights, AdamW with one learning rate for the three networks, norms clipped one by one,
 the discriminator from the first step on, an EMA of the SiT and of bn's statistics alone, L1 where the paper writes a
 squared error. Ours, because no public code joins REPA-E and iREPA: the conv projector lies in the SiT and is frozen in
 pass 1 with it; the SiT's coefficient is iREPA's 1.0 (REPA-E: 0.5), the VAE's stays 1.5. Ours too: bn starts from the
-statistics of 256 images and is undone with its eps; the position table stays fixed (the release trains it); LPIPS takes
-its images in [-1, 1] once (the first release scaled them twice); the discriminator starts from random weights, and its
-batch norm sees the images of one process, while all else is the same on any number of processes.
+statistics of 256 images, spread over the set, and is undone with its eps; the position table stays fixed (the release
+trains it); LPIPS takes its images in [-1, 1] once (the first release scaled them twice); the discriminator starts from
+random weights, and its batch norm sees the images of one process; all else is the same on any number of processes.
 """
 
 from dataclasses import dataclass
@@ -254,7 +253,8 @@ class Learner:
         vae = job.latent.vae.requires_grad_(True)
         model, disc = SiT(job.config).to(job.device), Discriminator(job.config.disc_width).to(job.device)
         if not job.checkpoint:
-            measure(model.bn, vae, job.data[indices[:256]][0].to(job.device))
+            few = sorted({i * len(indices) // 256 for i in range(256)})  # sets lie class by class
+            measure(model.bn, vae, job.data[indices[few]][0].to(job.device))
         self.networks = dict(model=model, vae=vae, disc=disc)
 
     def held_out(self, images, moments, part):
