@@ -285,7 +285,8 @@ def open_shard(out, start, shard, shape):
 
 def digest_of(data):
     """Of an ImageSet's file names and their sizes in bytes: other images seldom have both the same."""
-    return hashlib.sha256("\n".join(f"{f} {data.bytes_of(f)}" for f in data.files).encode()).hexdigest()
+    lines = "\n".join(f"{file} {size}" for file, size in zip(data.files, data.source.sizes()))
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def read_manifest(path):
@@ -363,9 +364,8 @@ def main(argv=None):
         vae, spec = open_vae(asked, device)
         data = ImageSet(asked.data, asked.image_size, asked.skip_broken, is_first())
         ranks, start = start_ranks(device, 24 * 60), time.time()  # the first to finish waits for the last
-        for broken in data.broken if is_first() else []:
-            print(f"left out: {broken}")
         if is_first():
+            print("\n".join([str(data), *(f"another image stands in: {broken}" for broken in data.broken)]))
             Path(asked.out).mkdir(parents=True, exist_ok=True)
         with lock(asked.out) if is_first() else nullcontext():
             written = write_cache(data, vae, spec, asked.out, device, rank=ranks.rank, world=ranks.world)

@@ -25,6 +25,11 @@ def one_line(error):
     return text or type(error).__name__
 
 
+def shown(name):
+    """A name for people: bytes of it that are no UTF-8 as \\xe9, where printing them would fail."""
+    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 @contextmanager
 def mistakes(program, *kinds):
     """A user's mistake, an error of `kinds` (ValueError and OSError by default), ends in one sentence and exit 2."""

@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-from inputs.images import ImageSet
+from inputs.images import BrokenImage, ImageSet
 from inputs.latents import VAES, Cached, Latents, open_vae, same_spec
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
-from plumbing.checkpoints import refuse_used, same_run
+from plumbing.checkpoints import refuse_used, same_run, save_checkpoint
+from plumbing.files import one_line, shown
 from plumbing.methods import Method
-from plumbing.processes import device_name, fast_bf16, is_first, mixed, pick_device
-from plumbing.records import open_log, versions
+from plumbing.processes import STOPPED, device_name, fast_bf16, is_first, mixed, pick_device
+from plumbing.records import open_log, versions, warned
 from plumbing.settings import Run, network_config, resolve
 
 
@@ -40,8 +41,6 @@ def open_job(argv, description):
     run, method, checkpoint = resolve(argv, description)
     if is_first() and not run.resume:
         refuse_used(Path(run.out))
-    if not (run.demo or Path(run.data).exists()):
-        raise FileNotFoundError(f"--data {run.data} does not exist: name a folder of class folders, or a .zip of one")
     if run.vae is None or run.vae in VAES:
         network_config(run, method)  # what does not fit together is said before anything slow
     device = pick_device(run.device)
@@ -49,7 +48,7 @@ def open_job(argv, description):
     spec = latent.spec if latent else None
     shape = network_config(run, method, spec)
     size = run.image_size
-    data = Shapes(size, 10_000) if run.demo else ImageSet(run.data, size, run.skip_broken, is_first())
+    data = images = Shapes(size, 10_000) if run.demo else ImageSet(run.data, size, run.skip_broken, is_first())
     if run.latents:
         data = Cached(data, run.latents, images=shape.projector is not None)
         same_spec(spec, data.spec, run.latents)
@@ -61,9 +60,10 @@ def open_job(argv, description):
     if checkpoint:
         same_run(run, config, data, spec, checkpoint)
     if is_first():
-        broken = getattr(data, "broken", [])
-        for n, what in enumerate(broken, start=1):
-            print(f"left out, {n} of {len(broken)}: {what}")
+        if not run.demo:
+            print(images)
+            for broken in images.broken:
+                print(f"another image stands in: {broken}")
         if teacher and run.encoder_weights == "random":
             print("warning: the teacher's weights are random; this is for tests only")
     return Job(run, method, config, data, teacher, latent, device, checkpoint)
@@ -90,4 +90,34 @@ def begin_log(job, networks, ranks, start, training):
 
 
 def names_of(data, indices):
-    return [data.files[i] if hasattr(data, "files") else f"image {i}" for i in indices]
+    return [shown(data.files[i]) if hasattr(data, "files") else f"image {i}" for i in indices]
+
+
+def save(learner, stored, done, meter):
+    """Write the checkpoint of step `done` -> whether the disk took it. stored: {entry: network or optimiser}."""
+    job, run = learner.job, learner.job.run
+    state = {name: entry.state_dict() for name, entry in stored.items()}
+    state.update(learner.facts(), config=asdict(job.config), settings=run.record(), step=done, seconds=meter.seconds)
+    state.update(classes=job.data.classes, images=len(job.data), processes=meter.world)
+    return warned(lambda: save_checkpoint(Path(run.out), state, run.keep))
+
+
+def finish(job, start, done, stop, saved, broken):
+    """Say how it ended and what comes next. SystemExit where it is not the end; BrokenImage where one ended it."""
+    run, out, latent = job.run, job.run.out, job.latent
+    if not saved:
+        raise SystemExit(f"train.py: step {done} could not be saved; {out}/last.pt, if there, is of an earlier step")
+    kept = f"step {done} is saved in {out}/last.pt" if done else "no step was made"
+    if broken:
+        raise BrokenImage(f"{one_line(broken)}. {kept[0].upper()}{kept[1:]}: --resume --skip-broken --out {out} goes on")
+    if stop:
+        if is_first():
+            print(f"stopped: {kept}; --resume --out {out} goes on")
+        raise SystemExit(STOPPED)
+    if is_first():
+        flags = f" --cfg {run.sample_cfg:g}" if run.sample_cfg != 1 else ""
+        if latent and not job.method.stored_vae:
+            flags += f" --vae {run.vae}" if latent.spec["vae"] == "local" else ""
+            flags += f" --vae-weights {run.vae_weights}" if run.vae_weights else ""
+        shown = f"{out}/samples and {out}/curves.png show" if run.sample_every else f"{out}/curves.png shows"
+        print(f"{shown} the run; next: python sample.py --ckpt {out}/last.pt{flags}")
