@@ -109,7 +109,7 @@ def finish(job, start, done, stop, saved, broken):
         raise SystemExit(f"train.py: step {done} could not be saved; {out}/last.pt, if there, is of an earlier step")
     kept = f"step {done} is saved in {out}/last.pt" if done else "no step was made"
     if broken:
-        raise BrokenImage(f"{one_line(broken)}. {kept[0].upper()}{kept[1:]}: --resume --skip-broken --out {out} goes on")
+        raise BrokenImage(f"{one_line(broken)}; {kept}: --resume --skip-broken --out {out} goes on")
     if stop:
         if is_first():
             print(f"stopped: {kept}; --resume --out {out} goes on")

@@ -148,10 +148,10 @@ def test_a_broken_image_saves_the_run_and_another_stands_in(tmp_path, monkeypatc
     for workers in (0, 2):
         out = tmp_path / f"{workers}"
         message = refused(capsys, run, *flags, workers, "--out", out)
-        assert f"{file} cannot be decoded" in message and "Step 3 is saved" in message
+        assert f"{file} cannot be decoded" in message and "step 3 is saved" in message
         assert f"--resume --skip-broken --out {out} goes on" in message
         assert torch.load(out / "last.pt", weights_only=True)["step"] == 3
-        assert "Step 3 is saved" in refused(capsys, run, "--resume", "--out", out)
+        assert "step 3 is saved" in refused(capsys, run, "--resume", "--out", out)
         run("--resume", "--skip-broken", "--out", out)
         assert sum(row["replaced"] for row in rows_of(out)) == sum(late in batch for batch in seen)
     run(*flags, 0, "--skip-broken", "--out", tmp_path / "straight")
@@ -162,7 +162,7 @@ def test_a_broken_image_saves_the_run_and_another_stands_in(tmp_path, monkeypatc
         "images.IN_MEMORY = images.CHECK_ALL = 0\nmain = train.main\n"
     )
     codes, said = call(tmp_path, tmp_path, "lazy", *flags, 0, "--out", tmp_path / "two", world=2)
-    assert sorted(codes) == [2, 75] and "Step 3 is saved" in said and "Traceback" not in said
+    assert sorted(codes) == [2, 75] and "step 3 is saved" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
