@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from inputs.latents import SPEC, same_spec
+from inputs.vae import SPEC, same_spec
 from irepa import REPA, SIZES
 from plumbing.files import lock, one_line, read_pt, write_whole
 from plumbing.methods import method_named, method_names

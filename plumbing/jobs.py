@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 
 from inputs.images import ImageSet
-from inputs.latents import VAES, Cached, Latents, open_vae, same_spec
+from inputs.latents import Cached, open_vae
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
+from inputs.vae import FITS, SCALE, VAES, Latents, read_stats, same_spec
 from plumbing.checkpoints import refuse_used, same_run
 from plumbing.methods import Method
 from plumbing.processes import device_name, fast_bf16, is_first, mixed, pick_device
@@ -50,9 +51,12 @@ def open_job(argv, description):
     shape = network_config(run, method, spec)
     size = run.image_size
     data = Shapes(size, 10_000) if run.demo else ImageSet(run.data, size, run.skip_broken, is_first())
+    said = []
     if run.latents:
         data = Cached(data, run.latents, images=shape.projector is not None)
-        same_spec(spec, data.spec, run.latents)
+        same_spec(spec, data.spec, run.latents, FITS)
+    if latent and not method.stored_vae:  # such a method scales its latents itself
+        said.append(scale_latents(run, spec, data, checkpoint))
     teacher = None
     if shape.projector:
         teacher = load_encoder(run.encoder, shape.input_size // shape.patch_size, run.encoder_weights, device)
@@ -61,12 +65,44 @@ def open_job(argv, description):
     if checkpoint:
         same_run(run, config, data, spec, checkpoint)
     if is_first():
+        for sentence in said:
+            print(sentence)
         broken = getattr(data, "broken", [])
         for n, what in enumerate(broken, start=1):
             print(f"left out, {n} of {len(broken)}: {what}")
         if teacher and run.encoder_weights == "random":
             print("warning: the teacher's weights are random; this is for tests only")
     return Job(run, method, config, data, teacher, latent, device, checkpoint)
+
+
+def scale_latents(run, spec, data, checkpoint):
+    """Give the spec of the latents the scale and bias that --latent-scale asks for -> what that means, in a sentence.
+
+    A run that goes on keeps those of its checkpoint. ValueError where they cannot be had.
+    """
+    asked, how = run.latent_scale, "as at the start"
+    if checkpoint and checkpoint["latent"] and asked == checkpoint["settings"]["latent_scale"]:
+        spec.update({key: checkpoint["latent"][key] for key in SCALE})
+    elif asked == "set":
+        mean, std, how = data.statistics()
+        if not std.all():
+            raise ValueError(f"{run.latents}: channel {std.argmin()} of the latents never changes; --latent-scale vae")
+        spec.update(scale=(1 / std).tolist(), bias=mean.tolist())
+    elif asked != "vae":
+        spec.update(zip(SCALE, read_stats(asked, spec["channels"])))
+    numbers = ", ".join(f"{key} {' '.join(f'{v:.5g}' for v in dict.fromkeys(spec[key]))}" for key in SCALE)
+    if asked == "set":
+        return (
+            f"latents: mean 0 and variance 1 in each channel, {how}, as in the iREPA release ({numbers}); losses do not"
+            " compare with those at the VAE's own scale, which SiT and REPA have (--latent-scale vae)"
+        )
+    if asked == "vae":
+        way = "" if run.latents else ", which takes a cache: python -m inputs.latents, then --latents"
+        return (
+            f"latents: the VAE's own scale, as in SiT and REPA ({numbers}); losses do not compare with those of the"
+            f" iREPA release, where each channel has mean 0 and variance 1 (--latent-scale set{way})"
+        )
+    return f"latents: as {asked} scales each channel ({numbers}); losses compare only where these numbers are the same"
 
 
 def begin_log(job, networks, ranks, start, training):
