@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from inputs.images import ImageSet
-from inputs.latents import Cached, open_vae
+from inputs.latents import open_vae
+from inputs.prepared import Labels, open_latents
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
 from inputs.vae import FITS, SCALE, VAES, Latents, read_stats, same_spec
@@ -22,7 +23,7 @@ class Job(NamedTuple):
     run: Run  # the flags
     method: Method
     config: object  # the method's Config
-    data: object  # the images: ImageSet, Cached or Shapes
+    data: object  # the images: ImageSet or Shapes, these with latents, or Labels with latents
     teacher: object  # of load_encoder, or None
     latent: Latents | None  # None of a run on pixels
     device: torch.device
@@ -50,11 +51,22 @@ def open_job(argv, description):
     spec = latent.spec if latent else None
     shape = network_config(run, method, spec)
     size = run.image_size
-    data = Shapes(size, 10_000) if run.demo else ImageSet(run.data, size, run.skip_broken, is_first())
+    if run.demo:
+        data = Shapes(size, 10_000)
+    elif Labels.takes(run.data):
+        data = Labels(run.data)
+        if shape.projector or not run.latents:
+            way = "the teacher looks at images: name them, or do without (--method sit)"
+            raise ValueError(f"{run.data} holds labels alone; {way if run.latents else 'they go with --latents'}")
+    else:
+        data = ImageSet(run.data, size, run.skip_broken, is_first())
     said = []
     if run.latents:
-        data = Cached(data, run.latents, images=shape.projector is not None)
-        same_spec(spec, data.spec, run.latents, FITS)
+        data = open_latents(run.latents, data, spec, size, images=shape.projector is not None)
+        if data.spec:
+            same_spec(spec, data.spec, run.latents, FITS)
+        else:
+            said.append(f"{run.latents} does not say of which VAE its latents are: --vae {run.vae} is taken")
     if latent and not method.stored_vae:  # such a method scales its latents itself
         said.append(scale_latents(run, spec, data, checkpoint))
     teacher = None

@@ -43,7 +43,7 @@ class Run(Source):
     demo: bool = False  # a preset: drawn shapes and a small model, minutes on two CPU cores
     workers: int | None = None  # decoding processes a rank; by default none where images are kept in memory
     # latents
-    latents: str | None = None  # cache of --data's latents; without it the VAE encodes in each step, slowly
+    latents: str | None = None  # cache of --data, REPA's vae-sd, or the release's folder; else the VAE encodes, slowly
     latent_scale: str = ""  # set: mean 0, variance 1 in each channel; vae: its own; or a stats file
     # optimisation
     steps: int = 400_000  # optimiser steps
