@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from inputs.vae import SCALE, Latents, decode, load_vae, read_stats, same_spec
 from irepa import Sampling, guided, randn, sample_ode, sample_sde, solve, stream
-from plumbing.checkpoints import load_checkpoint, open_checkpoint
+from plumbing.checkpoints import load_checkpoint, open_checkpoint, refuse_unscaled
 from plumbing.files import hold_unfinished, mistakes, write_text, write_whole
 from plumbing.flags import add_flags, make_parser
 from plumbing.methods import Method, method_named
@@ -164,6 +164,8 @@ def find_vae(asked, opened):
     name = asked.vae or (spec["vae"] if spec else "sd-vae-ft-mse")
     if name == "local":
         raise ValueError(f"{ckpt} was trained on a VAE of sha256 {spec['sha256'][:8]}: name its folder after --vae")
+    if not (spec or asked.latent_scale):
+        refuse_unscaled(ckpt, opened.file)
     vae, found = load_vae(name, asked.vae_weights, opened.device)
     if asked.latent_scale not in ("", "vae"):
         found.update(zip(SCALE, read_stats(asked.latent_scale, found["channels"])))
