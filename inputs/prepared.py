@@ -73,23 +73,21 @@ class Prepared:
                 f"{rows.path}: the second half of the channels is to be a standard deviation, and some of it is not"
                 " above 0: it may be the logarithm of a variance"
             )
-        if rows.labels is not None:
-            self.same_rows()
+        self.same_rows()
 
     def same_rows(self):
-        """ValueError where dataset.json shows that latents and images do not stand in the same order."""
+        """ValueError where labels or numbers in names show that latents and images do not stand in the same order."""
         data, rows = self.data, self.rows
-        if len(data.classes) > 1 and (rows.labels != data.labels).any():
+        if rows.labels is not None and len(data.classes) > 1 and (rows.labels != data.labels).any():
             i = int(np.flatnonzero(rows.labels != data.labels)[0])
             raise ValueError(
                 f"{rows.path}: the label of {rows.names[i]} is {rows.labels[i]}, and that of {name_of(data, i)} in its"
                 f" place in {data.path} is {data.labels[i]}"
             )
-        if getattr(data, "files", None):
-            for i, pair in enumerate(zip(rows.names, data.files)):
-                theirs, ours = (re.search(r"(?:^|/)img\D*(\d+)\.\w+$", name) for name in pair)
-                if theirs and ours and int(theirs[1]) != int(ours[1]):
-                    raise ValueError(f"{rows.path}: the latent in the place of {ours[0]} is {theirs[0]}")
+        for pair in zip(rows.names, getattr(data, "files", [])):
+            theirs, ours = (re.search(r"(?:^|/)img\D*(\d+)\.\w+$", name) for name in pair)
+            if theirs and ours and int(theirs[1]) != int(ours[1]):
+                raise ValueError(f"{rows.path}: {pair[0]} stands in the place of {pair[1]} in {data.path}")
 
     def moments(self, indices):
         """float32 [B, 2C, h, w]. ValueError where it is another shape or kind of numbers."""
@@ -177,7 +175,7 @@ class Files:
 class HuggingFace:
     """The release's folder: rows of the column data, read as Arrow's own arrays (a hundred times faster than lists)."""
 
-    names = labels = None
+    names, labels = (), None
 
     def __init__(self, path):
         try:
@@ -235,7 +233,7 @@ def numbered(labels, path):
 class Labels:
     """A data set of labels alone: data[indices] -> Batch without images. Class names are their numbers."""
 
-    images = None
+    images, broken = None, ()
 
     @staticmethod
     def takes(path):
@@ -257,6 +255,9 @@ class Labels:
                 raise ValueError(f"--data {path} is to hold a label, a whole number from 0 on, in each line: {what}")
             self.labels = numbered(list(map(int, lines)), path)
         self.classes = [str(i) for i in range(self.labels.max() + 1)]
+
+    def __str__(self):
+        return f"{self.path}: labels without images, {len(self)} in {len(self.classes)} classes"
 
     def __len__(self):
         return len(self.labels)

@@ -54,10 +54,11 @@ def open_job(argv, description):
     if run.demo:
         data = Shapes(size, 10_000)
     elif Labels.takes(run.data):
+        if not run.latents:
+            raise ValueError(f"{run.data} holds labels alone, which go with --latents")
+        if shape.projector:
+            raise ValueError(f"{run.data} holds labels alone, and the teacher looks at images: --method sit has none")
         data = Labels(run.data)
-        if shape.projector or not run.latents:
-            way = "the teacher looks at images: name them, or do without (--method sit)"
-            raise ValueError(f"{run.data} holds labels alone; {way if run.latents else 'they go with --latents'}")
     else:
         data = ImageSet(run.data, size, run.skip_broken, is_first())
     said = []

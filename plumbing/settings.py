@@ -44,7 +44,7 @@ class Run(Source):
     workers: int | None = None  # decoding processes a rank; by default none where images are kept in memory
     # latents
     latents: str | None = None  # cache of --data, REPA's vae-sd, or the release's folder; else the VAE encodes, slowly
-    latent_scale: str = ""  # set: mean 0, variance 1 in each channel; vae: its own; or a stats file
+    latent_scale: str = ""  # set (default with --latents): mean 0, variance 1 a channel; vae: its own; or a stats file
     # optimisation
     steps: int = 400_000  # optimiser steps
     batch_size: int = 256  # global: over all processes and accumulated parts

@@ -126,7 +126,9 @@ def test_latents_that_do_not_fit_are_refused(moments, files, tmp_path):
     )
     gap = Named(labels.tolist(), [*numbers[:5], *(f"00000/img{i + 1:08d}.png" for i in range(5, 24))])
     error = message(Files(files), gap)  # another is missing on either side, so that the counts are equal
-    assert "the latent in the place of img00000006.png is img-mean-std-00000005.npy" in error.replace("/img", "img")
+    assert "00000/img-mean-std-00000005.npy stands in the place of 00000/img00000006.png in named" in error
+    unlabelled = Files(write_files(tmp_path / "unlabelled", found, None))
+    assert "stands in the place of" in message(unlabelled, gap)
     assert "holds float32 [8, 8, 8] for each image; the VAE and --image-size make floats [8, 16, 16]" in message(
         Files(files), size=32
     )
@@ -170,8 +172,8 @@ def test_what_is_no_folder_of_latents(photos, vae, moments, files, tmp_path, mon
         flags = [*LATENT, "--vae", vae, *sit, "--data", data, "--latents", latents, "--out", tmp_path / "x"]
         assert message in refused(capsys, run, *flags)
     labels = [*LATENT, "--vae", vae, "--data", tmp_path / "labels.txt", "--out", tmp_path / "x"]
-    assert "holds labels alone; they go with --latents" in refused(capsys, run, *labels, *sit)
-    assert "the teacher looks at images: name them" in refused(capsys, run, *labels, "--latents", release)
+    assert "holds labels alone, which go with --latents" in refused(capsys, run, *labels, *sit)
+    assert "the teacher looks at images: --method sit has none" in refused(capsys, run, *labels, "--latents", release)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in refused(capsys, run, *labels, *sit, "--latents", release)
     assert not (tmp_path / "x").exists()
