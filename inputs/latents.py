@@ -179,9 +179,11 @@ def read_manifest(path):
         spec, counts = manifest["spec"], [manifest[k] for k in ("image_size", "count", "shard")]
         if not all(isinstance(n, int) and n > 0 for n in (*counts, spec["channels"], spec["factor"])):
             raise ValueError("its sizes are not positive numbers")
-        numbers = [manifest.get(key, [1.0] * spec["channels"]) for key in ("mean", "std")]
-        if not np.isfinite(numbers).all() or np.shape(numbers) != (2, spec["channels"]) or min(numbers[1]) < 0:
-            raise ValueError("its mean or std is not a number for each channel")
+        numbers = [manifest[key] for key in ("mean", "std") if key in manifest]  # both, but in older versions
+        if numbers and (np.shape(numbers) != (2, spec["channels"]) or not np.isfinite(numbers).all()):
+            raise ValueError("its mean and std are not a number for each channel")
+        if numbers and min(numbers[1]) < 0:
+            raise ValueError("its std is negative")
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no cache of latents: manifest.json cannot be used ({e})") from e
     return manifest
@@ -213,7 +215,7 @@ class Cached:
     def statistics(self):
         """-> (mean [C], standard deviation [C] of the latents over the set, on how many they rest, in words)."""
         manifest = read_manifest(self.path)
-        if not {"mean", "std"} <= manifest.keys():
+        if "mean" not in manifest:
             raise ValueError(
                 f"{self.path} is of an earlier version, and holds no mean and standard deviation of its latents: run"
                 " python -m inputs.latents again, which adds them and encodes nothing, or say --latent-scale vae"
