@@ -30,9 +30,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from inputs.latents import Latents, decode, load_vae, same_spec
+from inputs.vae import SCALE, Latents, decode, load_vae, read_stats, same_spec
 from irepa import Sampling, guided, randn, sample_ode, sample_sde, solve, stream
-from plumbing.checkpoints import load_checkpoint, open_checkpoint
+from plumbing.checkpoints import load_checkpoint, open_checkpoint, refuse_unscaled
 from plumbing.files import hold_unfinished, mistakes, write_text, write_whole
 from plumbing.flags import add_flags, make_parser
 from plumbing.methods import Method, method_named
@@ -42,7 +42,7 @@ from plumbing.records import save_grid, to_uint8, versions
 __all__ = ["guided", "load_checkpoint", "sample_ode", "sample_sde"]  # importable from here, too
 
 
-PLACES = "ckpt device npz vae vae_weights latent_stats".split()  # may change between starts; hash and latent may not
+PLACES = "ckpt device npz vae vae_weights latent_scale".split()  # may change between starts; hash and latent may not
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Asked:
     batch_size: int | None = None  # images at a time on each process; 256 on GPUs, else 64
     vae: str | None = ""  # of latent checkpoints, by default the one it was trained with, or sd-vae-ft-mse
     vae_weights: str | None = None  # 'random', for tests only
-    latent_stats: str | None = None  # file with scale and bias of each channel, for released checkpoints
+    latent_scale: str = ""  # of released checkpoints: vae, its own, or a file with scale and bias of each channel
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: str = "tf32"  # of products: fp32, tf32 (on GPUs, as released) or bf16
     compile: bool | None = None  # torch.compile the blocks; default: on GPUs
@@ -152,21 +152,25 @@ def find_vae(asked, opened):
     """The Latents that turn samples into images; None for a model of pixels. ValueError where they do not fit."""
     config, spec, ckpt = opened.model.config, opened.file.get("latent"), asked.ckpt
     if opened.method.stored_vae:
-        if asked.vae != "" or asked.vae_weights or asked.latent_stats:
-            raise ValueError(f"{ckpt} holds its own VAE: leave --vae, --vae-weights and --latent-stats out")
+        if asked.vae != "" or asked.vae_weights or asked.latent_scale:
+            raise ValueError(f"{ckpt} holds its own VAE: leave --vae, --vae-weights and --latent-scale out")
         return opened.method.stored_vae(opened.file, opened.model, opened.device)
     if spec is None and config.in_channels == 3:
-        if asked.vae or asked.latent_stats:
-            raise ValueError(f"{ckpt} makes pixels: leave --vae and --latent-stats out")
+        if asked.vae or asked.latent_scale:
+            raise ValueError(f"{ckpt} makes pixels: leave --vae and --latent-scale out")
         return None
     if asked.vae is None:
         raise ValueError(f"{ckpt} makes latents, which take a VAE: --vae none is for pixels")
     name = asked.vae or (spec["vae"] if spec else "sd-vae-ft-mse")
     if name == "local":
         raise ValueError(f"{ckpt} was trained on a VAE of sha256 {spec['sha256'][:8]}: name its folder after --vae")
-    vae, found = load_vae(name, asked.vae_weights, asked.latent_stats, opened.device)
-    if spec and not asked.latent_stats:
-        found.update(scale=spec["scale"], bias=spec["bias"])
+    if not (spec or asked.latent_scale):
+        refuse_unscaled(ckpt, opened.file)
+    vae, found = load_vae(name, asked.vae_weights, opened.device)
+    if asked.latent_scale not in ("", "vae"):
+        found.update(zip(SCALE, read_stats(asked.latent_scale, found["channels"])))
+    elif spec and not asked.latent_scale:
+        found.update({key: spec[key] for key in SCALE})
     if spec:
         same_spec(found, spec, ckpt)
     if found["channels"] != config.in_channels:

@@ -29,8 +29,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from inputs.images import BrokenImage, workers_for
-from inputs.latents import decode, encode, to_latent
 from inputs.teachers import load_encoder as load_encoder  # importable from here, too
+from inputs.vae import decode, encode, to_latent
 from irepa import draws, stream
 from plumbing.checkpoints import hold_folder
 from plumbing.files import mistakes

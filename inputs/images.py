@@ -84,19 +84,20 @@ def center_crop(image, size):
 class ImageSet:
     """The images that inputs.formats.listing finds at `path`, as square crops of side `size`.
 
-    Sets of up to IN_MEMORY bytes are decoded once. An image that cannot be decoded raises BrokenImage, up to CHECK_ALL
-    images at once; with skip_broken the next one that can be stands in for it, with its label.
+    Sets of up to IN_MEMORY bytes are decoded once. An image that cannot be decoded raises BrokenImage, of up to
+    CHECK_ALL images (or with check_all) at once; with skip_broken the next one that can be stands in for it, with its
+    label.
     ValueError or FileNotFoundError, with what to do, where there is nothing to train on.
     """
 
-    def __init__(self, path, size, skip_broken=False, progress=True):
+    def __init__(self, path, size, skip_broken=False, progress=True, check_all=False):
         self.path, self.size, self.skip_broken = str(path), size, skip_broken
         self.kind, self.files, self.labels, self.classes, self.source, self.notes = listing(path)
         self.images, self.instead, self.broken = None, {}, []  # instead: broken image -> the one that stands in
         in_memory = len(self) * 3 * size**2 <= IN_MEMORY
         if in_memory:
             self.images = np.empty((len(self), size, size, 3), np.uint8)
-        if in_memory or len(self) <= CHECK_ALL:
+        if in_memory or check_all or len(self) <= CHECK_ALL:
             self.decode_all(progress)
 
     def __str__(self):

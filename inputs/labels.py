@@ -11,6 +11,7 @@ from plumbing.files import one_line, shown
 
 SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|eval)([-_]?\d+)?", re.IGNORECASE)
 NO_CLASS = "images"  # the one class of a set without classes
+MOST = 100_000  # classes: more are no labels, but numbers of something else
 
 
 def no_classes(count):
@@ -72,14 +73,19 @@ def without_images(folders, of_image):
     return [f"folders without images, which are no classes: {shown(', '.join(empty[:5]))}{more}"] if empty else []
 
 
-def by_json(path, images, text):
-    """-> (labels, classes, notes) of a dataset.json: {"labels": [["00000/img00000000.png", 3], ...]} or null."""
+def read_json(path, text):
+    """{name: label} of a dataset.json, {"labels": [["00000/img00000000.png", 3], ...]}; None where they are null."""
     try:
         pairs = json.loads(text)["labels"]
-        stored = {str(name).replace("\\", "/"): label for name, label in pairs or []}
+        return None if pairs is None else {str(name).replace("\\", "/"): label for name, label in pairs}
     except (ValueError, TypeError, KeyError) as e:
         raise ValueError(f"{shown(path)}: its dataset.json cannot be read ({one_line(e)[:200]})") from e
-    if pairs is None:
+
+
+def by_json(path, images, text):
+    """-> (labels, classes, notes) by the text of a dataset.json, which must have a label of each image, or none."""
+    stored = read_json(path, text)
+    if stored is None:
         return *no_classes(len(images)), ["its labels are null"]
     lacking = [name for name in images if name not in stored]
     if lacking:
@@ -91,14 +97,14 @@ def by_json(path, images, text):
 
 
 def numbered(path, labels, names=None):
-    """Labels as they are stored -> (int64 [N], classes, notes). ValueError where they are no whole numbers from 0 on.
+    """Labels as they are stored -> (int64 [N], classes, notes). ValueError where they are no numbers of classes.
 
     A class without a name in `names` is called by its number.
     """
     array = np.asarray(labels)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0:
-        odd = next((x for x in labels if type(x) is bool or not isinstance(x, (int, np.integer)) or x < 0), labels[0])
-        raise ValueError(f"{shown(path)}: labels are whole numbers from 0 on, and one is {odd!r}")
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= MOST:
+        odd = next((x for x in labels if type(x) is not int or not 0 <= x < MOST), labels[0])
+        raise ValueError(f"{shown(path)}: labels are whole numbers from 0 to {MOST - 1:,}, and one is {odd!r}")
     classes = names or [str(i) for i in range(array.max() + 1)]
     if array.max() >= len(classes):
         raise ValueError(f"{shown(path)}: a label is {array.max()}, and there are names of {len(classes)} classes")

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from inputs.latents import SPEC, same_spec
+from inputs.vae import SPEC, same_spec
 from irepa import REPA, SIZES
 from plumbing.files import lock, one_line, read_pt, write_whole
 from plumbing.methods import method_named, method_names
 
 EMA = ("ema", "model_ema1")  # what files call the moving average of the weights
+STATS = "pretrained_models/sdvae-ft-mse-f8d4-latents-stats.pt"
 PREFIXES = ("module.", "_orig_mod.", "net.")  # of DDP, torch.compile and wrappers
 
 
@@ -129,6 +130,23 @@ def recognised(data, weights):
     if isinstance(config, dict):
         return method, config
     return method, {**(infer_config(weights, args) if found is None else found), **projector_of(weights)}
+
+
+def refuse_unscaled(path, data):
+    """ValueError where a checkpoint's dict is of the iREPA release: the scale of its latents lies in another file.
+
+    Its args show it, or the name of its projector, which is REPA's no more.
+    """
+    if "settings" in data:  # ours
+        return
+    args = data.get("args")
+    args = args if isinstance(args, dict) else getattr(args, "__dict__", {})
+    names = [str(key) for part in (data, *data.values()) if isinstance(part, dict) for key in part]
+    if {"zscore_alpha", "spnorm_method"} & args.keys() or any("projection_layer" in name for name in names):
+        raise ValueError(
+            f"{path} is of the iREPA release, whose latents are scaled per channel: fetch {STATS} from its"
+            " iREPA-collections, as in README, and name the file with --latent-scale (or vae, if it was trained so)"
+        )
 
 
 def infer_config(weights, args=None):

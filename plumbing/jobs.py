@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 
 from inputs.images import BrokenImage, ImageSet
-from inputs.latents import VAES, Cached, Latents, open_vae, same_spec
+from inputs.latents import open_vae
+from inputs.prepared import Labels, open_latents
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
+from inputs.vae import FITS, SCALE, VAES, Latents, read_stats, same_spec
 from plumbing.checkpoints import refuse_used, same_run, save_checkpoint
 from plumbing.files import one_line, shown
 from plumbing.methods import Method
@@ -22,7 +24,7 @@ class Job(NamedTuple):
     run: Run  # the flags
     method: Method
     config: object  # the method's Config
-    data: object  # the images: ImageSet, Cached or Shapes
+    data: object  # the images: ImageSet or Shapes, these with latents, or Labels with latents
     teacher: object  # of load_encoder, or None
     latent: Latents | None  # None of a run on pixels
     device: torch.device
@@ -48,10 +50,25 @@ def open_job(argv, description):
     spec = latent.spec if latent else None
     shape = network_config(run, method, spec)
     size = run.image_size
-    data = images = Shapes(size, 10_000) if run.demo else ImageSet(run.data, size, run.skip_broken, is_first())
+    if run.demo:
+        data = images = Shapes(size, 10_000)
+    elif Labels.takes(run.data):
+        if not run.latents:
+            raise ValueError(f"{run.data} holds labels alone, which go with --latents")
+        if shape.projector:
+            raise ValueError(f"{run.data} holds labels alone, and the teacher looks at images: --method sit has none")
+        data = images = Labels(run.data)
+    else:
+        data = images = ImageSet(run.data, size, run.skip_broken, is_first())
+    said = []
     if run.latents:
-        data = Cached(data, run.latents, images=shape.projector is not None)
-        same_spec(spec, data.spec, run.latents)
+        data = open_latents(run.latents, data, spec, size, images=shape.projector is not None)
+        if data.spec:
+            same_spec(spec, data.spec, run.latents, FITS)
+        else:
+            said.append(f"{run.latents} does not say of which VAE its latents are: --vae {run.vae} is taken")
+    if latent and not method.stored_vae:  # such a method scales its latents itself
+        said.append(scale_latents(run, spec, data, checkpoint))
     teacher = None
     if shape.projector:
         teacher = load_encoder(run.encoder, shape.input_size // shape.patch_size, run.encoder_weights, device)
@@ -60,13 +77,43 @@ def open_job(argv, description):
     if checkpoint:
         same_run(run, config, data, spec, checkpoint)
     if is_first():
-        if not run.demo:
-            print(images)
-            for broken in images.broken:
-                print(f"another image stands in: {broken}")
+        for sentence in [images, *said] if not run.demo else said:
+            print(sentence)
+        for broken in [] if run.demo else images.broken:
+            print(f"another image stands in: {broken}")
         if teacher and run.encoder_weights == "random":
             print("warning: the teacher's weights are random; this is for tests only")
     return Job(run, method, config, data, teacher, latent, device, checkpoint)
+
+
+def scale_latents(run, spec, data, checkpoint):
+    """Give the spec of the latents the scale and bias that --latent-scale asks for -> what that means, in a sentence.
+
+    A run that goes on keeps those of its checkpoint. ValueError where they cannot be had.
+    """
+    asked, how = run.latent_scale, "as at the start"
+    if checkpoint and checkpoint["latent"] and asked == checkpoint["settings"]["latent_scale"]:
+        spec.update({key: checkpoint["latent"][key] for key in SCALE})
+    elif asked == "set":
+        mean, std, how = data.statistics()
+        if not std.all():
+            raise ValueError(f"{run.latents}: channel {std.argmin()} of the latents never changes; --latent-scale vae")
+        spec.update(scale=(1 / std).tolist(), bias=mean.tolist())
+    elif asked != "vae":
+        spec.update(zip(SCALE, read_stats(asked, spec["channels"])))
+    numbers = ", ".join(f"{key} {' '.join(f'{v:.5g}' for v in dict.fromkeys(spec[key]))}" for key in SCALE)
+    if asked == "set":
+        return (
+            f"latents: mean 0 and variance 1 in each channel, {how}, as in the iREPA release ({numbers}); losses do not"
+            " compare with those at the VAE's own scale, which SiT and REPA have (--latent-scale vae)"
+        )
+    if asked == "vae":
+        way = "" if run.latents else ", which takes a cache: python -m inputs.latents, then --latents"
+        return (
+            f"latents: the VAE's own scale, as in SiT and REPA ({numbers}); losses do not compare with those of the"
+            f" iREPA release, where each channel has mean 0 and variance 1 (--latent-scale set{way})"
+        )
+    return f"latents: as {asked} scales each channel ({numbers}); losses compare only where these numbers are the same"
 
 
 def begin_log(job, networks, ranks, start, training):
@@ -109,7 +156,7 @@ def finish(job, start, done, stop, saved, broken):
         raise SystemExit(f"train.py: step {done} could not be saved; {out}/last.pt, if there, is of an earlier step")
     kept = f"step {done} is saved in {out}/last.pt" if done else "no step was made"
     if broken:
-        raise BrokenImage(f"{one_line(broken)}; {kept}: --resume --skip-broken --out {out} goes on")
+        raise BrokenImage(f"{one_line(broken)}; {kept}: --resume --out {out} goes on")
     if stop:
         if is_first():
             print(f"stopped: {kept}; --resume --out {out} goes on")

@@ -14,7 +14,7 @@ and, where it needs them, what irepa.py has not:
     Learner     instead of train.Learner, where one network, one loss and one optimiser are not enough
     check_run   check_run(run): ValueError where flags do not fit the method
     released    released(weights, args) -> the Config fields of a released state dict, or None if it is not its own
-    stored_vae  stored_vae(checkpoint, model, device) -> the Latents of inputs/latents.py that a checkpoint of it holds
+    stored_vae  stored_vae(checkpoint, model, device) -> the Latents of inputs/vae.py that a checkpoint of it holds
 """
 
 import importlib

@@ -43,7 +43,8 @@ class Run(Source):
     demo: bool = False  # a preset: drawn shapes and a small model, minutes on two CPU cores
     workers: int | None = None  # decoding processes a rank; by default none where images are kept in memory
     # latents
-    latents: str | None = None  # cache of --data's latents; without it the VAE encodes in each step, slowly
+    latents: str | None = None  # cache of --data, REPA's vae-sd, or the release's folder; else the VAE encodes, slowly
+    latent_scale: str = ""  # set (default with --latents): mean 0, variance 1 a channel; vae: its own; or a stats file
     # optimisation
     steps: int = 400_000  # optimiser steps
     batch_size: int = 256  # global: over all processes and accumulated parts
@@ -114,9 +115,27 @@ def resolve(argv=None, description=None):
         run.vae = None
     settle_vae(run)
     check(run, method)
+    settle_scale(run, given, checkpoint)
     if checkpoint and checkpoint["step"] >= run.steps:
         raise ValueError(f"{out} is at step {checkpoint['step']} already, and --steps is {run.steps}: nothing to do")
     return run, method, checkpoint
+
+
+def settle_scale(run, given, checkpoint):
+    """Which scale of the latents, where the flags leave it open; ValueError where they do not fit together."""
+    if run.vae is None:
+        if "latent_scale" in given:
+            raise ValueError("--latent-scale goes with a --vae, and with images from 128 px up")
+        run.latent_scale = ""
+        return
+    run.latent_scale = run.latent_scale or ("set" if run.latents else "vae")
+    if checkpoint and run.latent_scale == checkpoint["settings"]["latent_scale"]:
+        return  # its numbers lie in the checkpoint
+    if run.latent_scale == "set" and not run.latents:
+        why = "write a cache with python -m inputs.latents, and name it with --latents"
+        raise ValueError(f"--latent-scale set takes the mean and standard deviation of a set of latents: {why}")
+    if run.latent_scale not in ("set", "vae") and not Path(run.latent_scale).is_file():
+        raise FileNotFoundError(f"--latent-scale is set, vae or a stats file, and {run.latent_scale} is none of them")
 
 
 def parser_of(method, model, description):
@@ -141,14 +160,22 @@ def saved_settings(out):
         raise FileNotFoundError(f"--resume: {out} does not exist; name the run with --out, or leave --resume out")
     if (out / "last.pt").exists() or any(out.glob("step-*.pt")):  # a lost last.pt is no reason to start anew
         checkpoint = read_last(out)
-        return checkpoint["settings"], checkpoint
+        return todays(checkpoint["settings"]), checkpoint
     if not (out / "config.json").exists():
         raise FileNotFoundError(f"--resume: {out} holds no run of train.py (neither last.pt nor config.json)")
     try:
-        return dict(json.loads((out / "config.json").read_text())), None
+        return todays(dict(json.loads((out / "config.json").read_text()))), None
     except (ValueError, TypeError) as e:
         why = f"{out}/config.json is damaged ({one_line(e)}), and there is no checkpoint: delete {out}"
         raise ValueError(why) from e
+
+
+def todays(settings):
+    """The saved settings, with what earlier versions had in the place of --latent-scale under its name."""
+    if settings.get("vae") not in (None, "none"):
+        settings.setdefault("latent_scale", settings.get("latent_stats") or "vae")
+    settings.setdefault("latent_scale", "")
+    return settings
 
 
 def check(run, method):

@@ -188,9 +188,12 @@ def test_the_labels_of_dataset_json_not_its_folders(tmp_path, inside):
     assert listing(root).classes == ["images"] and "its labels are null" in listing(root).notes
     for bad, message in (
         ('{"labels": [["a.png", 1]]}', r"no label of 00000/img00000000.png \(3 such images\)"),
-        (json.dumps({"labels": [[name, "cat"] for name in BUCKETS]}), "whole numbers from 0 on, and one is 'cat'"),
-        (json.dumps({"labels": [[name, [0, 1]] for name in BUCKETS]}), "whole numbers from 0 on"),
-        (json.dumps({"labels": [[name, -1] for name in BUCKETS]}), "whole numbers from 0 on, and one is -1"),
+        (
+            json.dumps({"labels": [[name, "cat"] for name in BUCKETS]}),
+            "and one is 'cat'",
+        ),
+        (json.dumps({"labels": [[name, [0, 1]] for name in BUCKETS]}), "whole numbers from 0 to 99,999"),
+        (json.dumps({"labels": [[name, -1] for name in BUCKETS]}), "whole numbers from 0 to 99,999, and one is -1"),
         ('{"labels": 3}', "dataset.json cannot be read"),
         ("[", "dataset.json cannot be read"),
     ):
@@ -251,7 +254,7 @@ def test_labels_of_hugging_face_rows(tmp_path):
     rows.add_column("label", [1, 4, 1]).save_to_disk(tmp_path / "numbers")
     assert listing(tmp_path / "numbers").classes == ["0", "1", "2", "3", "4"]
     rows.add_column("label", [-1, -1, -1]).save_to_disk(tmp_path / "hidden")
-    refused("whole numbers from 0 on, and one is -1", tmp_path / "hidden")
+    refused("whole numbers from 0 to 99,999, and one is -1", tmp_path / "hidden")
     rows.rename_column("img", "picture").save_to_disk(tmp_path / "picture")
     refused(r"no column image or img \(there are picture\)", tmp_path / "picture")
     datasets.Dataset.from_dict(dict(image=[1, 2, 3])).save_to_disk(tmp_path / "odd")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
@@ -108,3 +109,37 @@ def test_sampling_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(calls) == 6 and not (tmp_path / "s.npz.parts").exists()
     for key in ("arr_0", "labels"):
         assert np.array_equal(np.load(tmp_path / "s.npz")[key], np.load(tmp_path / "whole.npz")[key])
+
+
+def test_a_released_irepa_checkpoint_asks_for_its_scale(vae, tmp_path, capsys):
+    model = fill(SiT(Config(**{**TINY, "projector": "mlp"})), strong)
+    state = model.state_dict()
+    bare = {key: value for key, value in state.items() if not key.startswith("projectors.")}
+    files = dict(
+        irepa=dict(ema=state, steps=400_000),
+        wrapped=dict(ema={f"module.{key}": value for key, value in state.items()}),
+        eval=dict(ema=bare, args=Namespace(zscore_alpha=0.6, path_type="linear")),
+        norm=dict(ema=bare, args=Namespace(spnorm_method="zscore", path_type="linear")),
+        repa=dict(ema={key.replace("projection_layer.", ""): value for key, value in state.items()}),
+    )
+    for name, file in files.items():
+        torch.save(file, tmp_path / f"{name}.pt")
+    scale, bias = [1.0, 2.0, 3.0, 4.0], [0.1, 0.2, 0.3, 0.5]
+    torch.save(dict(latents_scale=torch.tensor(scale), latents_bias=torch.tensor(bias)), tmp_path / "stats.pt")
+
+    def scale_of(name, *flags):
+        out = tmp_path / f"{name}{len(flags)}.npz"
+        few = ["--steps", 2, "--num", 2, "--vae", vae, "--npz", out]
+        run_sample("--ckpt", tmp_path / f"{name}.pt", *few, *flags)
+        latent = json.loads(out.with_suffix(".json").read_text())["latent"]
+        return latent["scale"][0], latent["bias"][3]
+
+    for name in ("irepa", "wrapped", "eval", "norm"):
+        error = refused(capsys, scale_of, name)
+        assert f"{name}.pt is of the iREPA release" in error and "--latent-scale" in error
+        assert "fetch pretrained_models/sdvae-ft-mse-f8d4-latents-stats.pt from its iREPA-collections" in error
+    assert scale_of("irepa", "--latent-scale", tmp_path / "stats.pt") == (1.0, 0.5)
+    assert scale_of("eval", "--latent-scale", "vae", "--seed", 1) == (0.18215, 0.0)
+    assert scale_of("repa") == (0.18215, 0.0)
+    error = refused(capsys, scale_of, "repa", "--latent-scale", "set")
+    assert "--latent-scale set: there is no such file of latents_scale and latents_bias" in error

@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import irepa
-from inputs.latents import Latents
+from inputs.vae import Latents
 from irepa import draws, interpolate, irepa_loss, stream, training_draws, with_alignment
 from plumbing.files import one_line, read_pt
 
@@ -201,7 +201,7 @@ def set_gradients(loss, net):
 
 
 def latent_spec(model, spec):
-    """The spec (see inputs/latents.py) by which decode() undoes the bn of `model`, exactly: with its eps."""
+    """The spec (see inputs/vae.py) by which decode() undoes the bn of `model`, exactly: with its eps."""
     scale = (model.bn.running_var + model.bn.eps).rsqrt().tolist()
     return {**spec, "vae": "trained with the model", "scale": scale, "bias": model.bn.running_mean.tolist()}
 
@@ -227,7 +227,7 @@ def check_run(run):
     for fits, why in (
         (run.vae is not None, "trains a VAE: name one with --vae (tiny: a small one with random weights)"),
         (not run.latents, "changes its latents all the time: leave --latents out"),
-        (not run.latent_stats, "measures its latents' statistics: leave --latent-stats out"),
+        (run.latent_scale in ("", "vae"), "measures its latents' statistics: leave --latent-scale out"),
         (run.vae_precision == "fp32", "keeps its VAE's weights in fp32: leave --vae-precision out"),
         (run.accumulate == 1, "normalises whole batches: leave --accumulate out"),
         (run.image_size >= 24, f"has a discriminator that takes 24 px, not {run.image_size}"),
