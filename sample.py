@@ -50,7 +50,8 @@ class Asked:
     """The knobs of this file; the method's sampler adds its own."""
 
     ckpt: str  # checkpoint: train.py's last.pt, or a released .pt
-    ema: bool = True  # the moving average of the weights; --no-ema: the live ones
+    ema: bool | int = True  # the moving average of the weights; --ema 2: the second one; --no-ema: the live weights
+    released: str | None = None  # whose file --ckpt is, where it does not show: sit (SiT's own) or dit
     num: int | None = None  # number of images; for a grid: 8 of each of the first 10 labels
     npz: str | None = None  # file for arr_0, uint8 [N, H, W, 3], and labels, int64 [N]
     out_dir: str | None = None  # new folder for numbered PNGs
@@ -116,12 +117,13 @@ def choose_labels(wanted, indices, num_classes, seed):
 def read_flags(argv):
     """-> (Asked, Opened), the VAE yet to be found; ValueError for what does not fit."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of the flags that say which others there are
+    add_flags(early, Asked, leave_out=[f.name for f in fields(Asked) if f.name not in ("ema", "released")])
     early.add_argument("--ckpt")
-    early.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True)
     chosen = early.parse_known_args(argv)[0]
     model, method, file = None, method_named("irepa"), {}
     if chosen.ckpt:
-        model, _, method, file = open_checkpoint(chosen.ckpt, chosen.ema, projector=None)
+        which = dict(ema=getattr(chosen, "ema", True), released=getattr(chosen, "released", None))
+        model, _, method, file = open_checkpoint(chosen.ckpt, **which, projector=None)
     parser = make_parser("sample.py", __doc__, "--ckpt FILE [flags], which --help lists")
     # torchrun takes a bare --num for an abbreviation of an option of its own: hence the longer name
     add_flags(parser, Asked, others=dict(num="num_images"))
@@ -152,9 +154,11 @@ def find_vae(asked, opened):
     """The Latents that turn samples into images; None for a model of pixels. ValueError where they do not fit."""
     config, spec, ckpt = opened.model.config, opened.file.get("latent"), asked.ckpt
     if opened.method.stored_vae:
-        if asked.vae != "" or asked.vae_weights or asked.latent_stats:
-            raise ValueError(f"{ckpt} holds its own VAE: leave --vae, --vae-weights and --latent-stats out")
-        return opened.method.stored_vae(opened.file, opened.model, opened.device)
+        if asked.vae is None or asked.latent_stats:
+            raise ValueError(f"{ckpt} makes latents of statistics of its own: leave --vae none and --latent-stats out")
+        given = asked.vae or asked.vae_weights
+        given = load_vae(asked.vae, asked.vae_weights, None, opened.device) if given else None
+        return opened.method.stored_vae(opened.file, opened.model, opened.device, given)
     if spec is None and config.in_channels == 3:
         if asked.vae or asked.latent_stats:
             raise ValueError(f"{ckpt} makes pixels: leave --vae and --latent-stats out")
@@ -167,6 +171,8 @@ def find_vae(asked, opened):
     vae, found = load_vae(name, asked.vae_weights, asked.latent_stats, opened.device)
     if spec and not asked.latent_stats:
         found.update(scale=spec["scale"], bias=spec["bias"])
+    if not spec and not asked.latent_stats and opened.method.LATENT_SCALE:
+        found["scale"] = [opened.method.LATENT_SCALE] * found["channels"]
     if spec:
         same_spec(found, spec, ckpt)
     if found["channels"] != config.in_channels:
