@@ -19,7 +19,6 @@ import math
 import os
 import shutil
 import sys
-import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from plumbing.files import hold_unfinished, mistakes, write_text, write_whole
 from plumbing.flags import add_flags, make_parser
 from plumbing.methods import Method, method_named
 from plumbing.processes import compile_blocks, device_name, is_first, pick_device, start_ranks
-from plumbing.records import save_grid, to_uint8, versions
+from plumbing.records import save_grid, to_uint8, versions, write_npz
 
 __all__ = ["guided", "load_checkpoint", "sample_ode", "sample_sde"]  # importable from here, too
 
@@ -138,6 +137,10 @@ def read_flags(argv):
             raise ValueError("--steps, --batch-size and --num must be at least 1")
         if isinstance(value, (list, tuple)) and not value[0] <= value[1]:
             raise ValueError(f"--{name.replace('_', '-')} LO HI has LO <= HI, not {value[0]} {value[1]}")
+    if model.config.num_classes == 1 and getattr(how, "cfg", 1) != 1:
+        how = replace(how, cfg=1.0)
+        if is_first():
+            print(f"note: {asked.ckpt} knows one class, so that guidance has nothing to guide: sampled without --cfg")
     if asked.precision not in ("fp32", "tf32", "bf16"):
         raise ValueError(f"--precision is fp32, tf32 or bf16, not {asked.precision}")
     if asked.npz and asked.out_dir:
@@ -156,9 +159,12 @@ def find_vae(asked, opened):
     if opened.method.stored_vae:
         if asked.vae is None or asked.latent_stats:
             raise ValueError(f"{ckpt} makes latents of statistics of its own: leave --vae none and --latent-stats out")
-        given = asked.vae or asked.vae_weights
-        given = load_vae(asked.vae, asked.vae_weights, None, opened.device) if given else None
-        return opened.method.stored_vae(opened.file, opened.model, opened.device, given)
+        named = asked.vae or asked.vae_weights
+        given = load_vae(asked.vae, asked.vae_weights, None, opened.device) if named else None
+        latent = opened.method.stored_vae(opened.file, opened.model, opened.device, given)
+        if given and latent.vae is not given.vae:
+            raise ValueError(f"{ckpt} holds its own VAE: leave --vae and --vae-weights out")
+        return latent
     if spec is None and config.in_channels == 3:
         if asked.vae or asked.latent_stats:
             raise ValueError(f"{ckpt} makes pixels: leave --vae and --latent-stats out")
@@ -213,17 +219,6 @@ def is_whole(chunk, count):
         return len(np.load(chunk, mmap_mode="r", allow_pickle=False)) == count
     except Exception:  # not there, or cut short by a full or failing disk, where numpy raises anything: made again
         return False
-
-
-def write_npz(path, chunks, shape, labels):
-    """An npz of arr_0, uint8 of `shape`, from the .npy files `chunks`, one after the other, and of labels."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z:
-        with z.open("arr_0.npy", "w", force_zip64=True) as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=tuple(shape)))
-            for chunk in chunks:
-                f.write(np.load(chunk).tobytes())
-        with z.open("labels.npy", "w") as f:
-            np.lib.format.write_array(f, labels)
 
 
 # ---- Sample ----

@@ -66,6 +66,28 @@ def open_checkpoint(path, /, ema=True, released=None, **overrides):
     return model.requires_grad_(False).eval(), config, method, data
 
 
+def initial_weights(path, released, method, config):
+    """What a run of `method` starts from -> (tensors of its network, what starts anew, the file's model and dict).
+
+    They are the file's average or, where it has none, its live weights. ValueError where they are not all of the
+    network's, but for the label table and the projector, which start anew where their sizes differ.
+    """
+    model, theirs, _, data = open_checkpoint(path, None, released)
+    with torch.device("meta"):
+        expected = method.model(config).state_dict()
+    weights, anew = model.state_dict(), []
+    for part, name in (("y_embedder.", "the label table"), ("projectors.", "the projector")):
+        old, new = ({k: v.shape for k, v in state.items() if k.startswith(part)} for state in (weights, expected))
+        if old != new:
+            weights, expected = ({k: v for k, v in s.items() if not k.startswith(part)} for s in (weights, expected))
+            anew += [name] if new else []
+    fits(path, weights, expected)
+    for key in ("num_heads", "path") if "config" in data else ("path",) if "args" in data else ():
+        if getattr(theirs, key, None) != getattr(config, key, None):
+            raise ValueError(f"{path} has {key} {getattr(theirs, key)}, not {getattr(config, key)}: they must agree")
+    return weights, anew, model, data
+
+
 def understood(path, data, ema, released=None):
     """A file's dict -> (Method, fields of its Config, weights as the Method's network takes them)."""
     try:

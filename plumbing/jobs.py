@@ -10,7 +10,7 @@ from inputs.formats import Folder
 from inputs.latents import VAES, Cached, Latents, open_vae, same_spec
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
-from plumbing.checkpoints import refuse_used, same_run
+from plumbing.checkpoints import initial_weights, refuse_used, same_run
 from plumbing.methods import Method
 from plumbing.processes import device_name, fast_bf16, is_first, mixed, pick_device
 from plumbing.records import open_log, versions
@@ -26,6 +26,7 @@ class Job(NamedTuple):
     latent: Latents | None  # None of a run on pixels
     device: torch.device
     checkpoint: dict | None  # to go on from
+    initial: dict  # tensors of the network that a new run starts from; the others are drawn
 
     @property
     def bf16(self):
@@ -58,15 +59,39 @@ def open_job(argv, description):
         side = run.image_size  # which the teacher may find too small
         teacher(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
     config = network_config(run, method, spec, len(data.classes), teacher.dim if teacher else 1)
+    if len(data.classes) == 1 and run.sample_cfg != 1:
+        run.sample_cfg = 1.0
+        if is_first():
+            print("note: there is one class, so that guidance has nothing to guide: samples without --sample-cfg")
+    initial = {}
     if checkpoint:
         same_run(run, config, data, spec, checkpoint)
+    elif run.init:
+        initial, latent = start_from(run, method, config, data, latent, device)
     if is_first():
         broken = getattr(data, "broken", [])
         for n, what in enumerate(broken, start=1):
             print(f"left out, {n} of {len(broken)}: {what}")
         if teacher and run.encoder_weights == "random":
             print("warning: the teacher's weights are random; this is for tests only")
-    return Job(run, method, config, data, teacher, latent, device, checkpoint)
+    return Job(run, method, config, data, teacher, latent, device, checkpoint, initial)
+
+
+def start_from(run, method, config, data, latent, device):
+    """What --init gives -> (tensors of the network, the Latents: of a method that trains its VAE, the file's)."""
+    initial, anew, model, file = initial_weights(run.init, run.released, method, config)
+    said = f"starts from the weights of {run.init}, step {file.get('step', file.get('steps', 'unknown'))}"
+    said += f"; anew: {', '.join(anew)}" if anew else ""
+    if "the label table" not in anew and file.get("classes", data.classes) != data.classes:
+        said += "; the label table is kept, though the classes are named otherwise"
+    was = file.get("latent")
+    if method.stored_vae:
+        latent = latent._replace(vae=method.stored_vae(file, model, device, latent).vae)
+    elif was and any(was[key] != latent.spec[key] for key in ("sha256", "scale", "bias")):
+        said += "; its latents were of another VAE or scale"
+    if is_first():
+        print(said)
+    return initial, latent
 
 
 def begin_log(job, networks, ranks, start, training):

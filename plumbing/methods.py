@@ -16,7 +16,7 @@ and, where it needs them, what irepa.py has not:
     released    released(weights, args) -> the Config fields of a released state dict that irepa.py's names and shapes
                 do not show, or None if it is not its own; LATENT_SCALE: of the latents of these, if not the VAE's
     stored_vae  stored_vae(checkpoint, model, device, given) -> the Latents of inputs/latents.py that a checkpoint of it
-                is decoded by; given are those that the user names, or None
+                holds; where it holds none, `given`, those that the user names, if any, with the checkpoint's scale
 """
 
 import importlib

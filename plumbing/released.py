@@ -22,15 +22,15 @@ def networks_in(data):
     Where the label table lies, there lies its network, whatever the wrappers are called. What lies elsewhere, such as
     an optimiser or a VAE, is not the network's.
     """
-    tensors, todo = {}, [("", data)]
+    tensors, todo = {}, [("", data, 2)]
     while todo:
-        place, entries = todo.pop()
+        place, entries, levels = todo.pop()
         for key, value in entries.items():
             name = re.sub(INSIDE, "", f"{place}{key}")
             if torch.is_tensor(value):
                 tensors[name] = value
-            elif isinstance(value, dict):
-                todo.append((f"{name}.", value))
+            elif isinstance(value, dict) and levels:
+                todo.append((f"{name}.", value, levels - 1))
     places = sorted(name.removesuffix(TABLE) for name in tensors if name.endswith(TABLE))
     return {at: {k.removeprefix(at): v for k, v in tensors.items() if k.startswith(at)} for at in places}
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -17,7 +18,8 @@ from irepa import Config, Sampling, SiT
 from plumbing.checkpoints import load_checkpoint
 from plumbing.records import to_uint8
 from test_irepa import TINY, drawn, fill, normal, strong
-from tests.common import refused, run_sample, same_weights
+from tests.common import HERE, RUN, refused, rows_of, run, run_sample, same_weights, weights
+from tests.processes import call
 from variants import meanflow, repa_e
 
 WIDE = {**TINY, "hidden_size": 384, "num_heads": 6, "encoder_depth": 3}  # a width whose number of heads is known
@@ -263,6 +265,136 @@ def test_repa_es_files_take_their_statistics_from_bn_and_the_vae_from_another(tm
         (["--vae", vae, "--latent-stats", "x"], "leave --vae none and --latent-stats out"),
     ):
         assert message in refused(capsys, run_sample, *flags, *more)
+
+
+# ---- Ours, later: settings that have gone, and weights to start from ----
+
+STILL = [
+    *RUN,
+    *"--sample-every 0 --steps 1 --lr 1e-12 --no-ema-warmup".split(),
+]  # a run whose weights stay where they start
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """The folder of a run on two classes, whose average is not its live weights."""
+    out = tmp_path_factory.mktemp("ours") / "run"
+    run(*RUN, "--data", photos, "--sample-every", 0, "--ema", 0.5, "--out", out)
+    return out
+
+
+def test_settings_that_have_gone(trained, photos, tmp_path, capsys):
+    whole = torch.load(trained / "last.pt", weights_only=True)
+
+    def older(out, settings, config):
+        (tmp_path / out).mkdir()
+        file = dict(whole, settings={**whole["settings"], **settings}, config={**whole["config"], **config})
+        torch.save(file, tmp_path / out / "last.pt")
+        return tmp_path / out
+
+    out = older("gone", dict(old_knob=3, old_flag=False, old_name=None), dict(old_field=0.5))
+    resume = "--resume", "--steps", 5, "--out"
+    error = refused(capsys, run, *resume, out)
+    assert f"{out} was started with old_knob 3, old_field 0.5, of which this version knows nothing" in error
+    assert f"--init {out}/last.pt" in error and "old_flag" not in error
+    run_sample("--ckpt", out / "last.pt", "--steps", 2, "--num", 2, "--npz", tmp_path / "s.npz")
+    assert f"{out}/last.pt was trained with old_field 0.5, which this version does not know" in capsys.readouterr().out
+    model = load_checkpoint(out / "last.pt")[0]
+    assert same_weights(model.state_dict(), whole["ema"])
+    run(*resume, older("off", dict(old_flag=False, old_name=None), dict(old_field=None)))
+    assert rows_of(tmp_path / "off")[-1]["step"] == 5
+    (tmp_path / "new").mkdir()  # stopped before its first checkpoint
+    record = json.loads((trained / "config.json").read_text())
+    (tmp_path / "new/config.json").write_text(json.dumps(dict(record, old_knob=3)))
+    assert "started with old_knob 3" in refused(capsys, run, *resume, tmp_path / "new")
+    shutil.copy(trained / "config.json", tmp_path / "new")
+    run("--resume", "--out", tmp_path / "new", "--steps", 1)
+
+
+def same_but(states, other, *anew):
+    """Whether state dicts have the tensors of another, to a step of 1e-12, but for the parts that begin anew."""
+    kept = {k: v for k, v in other.items() if not k.startswith(anew) and "bn." not in k}
+    return all(torch.allclose(state[k], v, rtol=0, atol=1e-9) for state in states for k, v in kept.items())
+
+
+def test_a_run_starts_from_our_weights_on_other_data(trained, photos, tmp_path, capsys):
+    was, init = weights(trained, "ema"), ["--init", trained / "last.pt"]
+    assert not same_but([was], weights(trained))  # the live ones are others
+    for name, flags, anew in (
+        ("same", ["--data", photos], []),
+        ("shapes", ["--demo"], ["the label table"]),
+        ("repa", ["--demo", "--method", "repa"], ["the label table", "the projector"]),
+        ("sit", ["--data", photos, "--method", "sit"], []),
+    ):
+        capsys.readouterr()
+        run(*STILL, *flags, *init, "--out", tmp_path / name)
+        said = f"starts from the weights of {trained}/last.pt, step 4" + (f"; anew: {', '.join(anew)}" if anew else "")
+        assert said in capsys.readouterr().out.splitlines()
+        parts = [part for part in ("y_embedder.", "projectors.") if name in ("shapes", "repa", "sit")[part[0] == "p" :]]
+        states = [weights(tmp_path / name, which) for which in ("model", "ema")]
+        assert same_but(states, was, *parts) and same_but(states[:1], states[1])
+    table = "y_embedder.embedding_table.weight"
+    assert weights(tmp_path / "repa")[table].shape == (11, 32) and was[table].shape == (3, 32)
+    run("--resume", "--out", tmp_path / "shapes", "--steps", 2)  # goes on from its own weights
+    assert json.loads((tmp_path / "shapes/config-from-step-1.json").read_text())["init"] == str(trained / "last.pt")
+    for flags, message in (
+        (["--resume", "--out", tmp_path / "shapes", *init], "leave one of them out"),
+        ([*STILL, "--data", photos, *init, "--depth", 3], "does not fit the model: missing blocks.2."),
+        ([*STILL, "--data", photos, *init, "--num-heads", 4], "last.pt has num_heads 2, not 4"),
+        ([*STILL, "--data", photos, *init, "--path", "cosine"], "last.pt has path linear, not cosine"),
+        ([*STILL, "--data", photos, *init, "--released", "sit"], "train.py's own: leave --released sit out"),
+        ([*STILL, "--data", photos, "--released", "sit"], "--released says whose file --init is"),
+        ([*STILL, "--data", photos, "--init", "nowhere.pt"], "nowhere.pt: there is no such checkpoint"),
+    ):
+        flags = [*flags] if "--resume" in flags else [*flags, "--out", tmp_path / "x"]
+        assert message in refused(capsys, run, *flags)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_starts_from_sits_own_weights_on_two_processes_as_on_one(photos, tmp_path, capsys):
+    config = Config(
+        input_size=16, patch_size=4, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=7, projector=None
+    )
+    theirs = fill(SiT(config), strong)
+    torch.save(doubled(theirs.state_dict(), channels=3), tmp_path / "sit.pt")
+    flags = ["--data", photos, "--init", tmp_path / "sit.pt", "--out", tmp_path / "still"]
+    assert "say --released sit if it is SiT's" in refused(capsys, run, *STILL, *flags)
+    run(*STILL, *flags, "--released", "sit")
+    assert "step unknown; anew: the label table, the projector" in capsys.readouterr().out
+    model = load_checkpoint(tmp_path / "still/last.pt")[0]
+    x, t, y = normal(0, 3, 3, 16, 16), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        theirs.y_embedder.embedding_table.weight[:3] = model.y_embedder.embedding_table.weight  # which started anew
+        torch.testing.assert_close(model(x, t, y)[0], -theirs(x, 1 - t, y)[0], rtol=1e-4, atol=1e-4)
+    flags = [*RUN, *flags[:-1], tmp_path / "one", "--released", "sit", "--sample-every", 0]
+    run(*flags)
+    flags[flags.index(tmp_path / "one")] = tmp_path / "two"
+    codes, said = call(HERE, tmp_path, "train", *flags, world=2)
+    assert codes == [0, 0] and said.count("starts from the weights") == 1, said
+    for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["held_out"] == pytest.approx(
+            b["held_out"], rel=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    "method,flags",
+    [
+        ("jit", "--model JiT-S/4"),
+        ("meanflow", ""),
+        ("repa_e", "--image-size 32 --model SiT-S/2 --vae tiny --lpips none --disc-width 4"),
+    ],
+)
+def test_any_method_starts_from_its_own_weights(photos, tmp_path, method, flags):
+    flags = ["--method", method, *flags.split()]
+    run(*RUN, *flags, "--data", photos, "--sample-every", 0, "--ema", 0.5, "--steps", 3, "--out", tmp_path / "first")
+    run(*STILL, *flags, "--demo", "--init", tmp_path / "first/last.pt", "--out", tmp_path / "second")
+    states = [weights(tmp_path / "second", which) for which in ("model", "ema")]
+    assert same_but(states, weights(tmp_path / "first", "ema"), "y_embedder.")
+    if method == "repa_e":  # with the VAE that was trained along
+        assert same_but([weights(tmp_path / "second", "vae")], weights(tmp_path / "first", "vae"))
+        statistics = [weights(tmp_path / name, "ema")["bn.running_mean"] for name in ("first", "second")]
+        torch.testing.assert_close(*statistics, rtol=1e-3, atol=1e-3)
 
 
 class Evil:

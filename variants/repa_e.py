@@ -188,15 +188,13 @@ def released(weights, args=None):
 
 
 def stored_vae(data, model, device, given=None):
-    """The Latents for samples of `model`: the VAE is its checkpoint's own, or `given` where that holds none.
+    """The Latents for samples of `model`: with the VAE of its checkpoint's dict, or with `given` where that holds none.
 
-    ValueError where neither is there, both are, or the VAE is damaged.
+    ValueError where neither is there, or the VAE is damaged.
     """
-    own, channels = "vae_config" in data, model.config.in_channels
-    irepa.check(own or given, "the checkpoint holds no VAE: name the one it was trained with after --vae")
-    irepa.check(not (own and given), "the checkpoint holds its own VAE: leave --vae and --vae-weights out")
-    if given:
-        found = given.spec["channels"]
+    if "vae_config" not in data:
+        irepa.check(given, "the checkpoint holds no VAE: name the one it was trained with after --vae")
+        found, channels = given.spec["channels"], model.config.in_channels
         irepa.check(found == channels, f"the checkpoint makes {channels} channels, --vae takes {found}")
         return given._replace(spec=latent_spec(model, given.spec))
     from diffusers import AutoencoderKL
