@@ -56,7 +56,7 @@ def add_flags(parser, cls, leave_out=(), defaults=None, title="", others={}):
         how = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"), required=field.default is MISSING)
         kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)]
         if {bool, int} <= {*kinds}:  # on, off, or the number of one
-            off = dict(dest=field.name, action="store_false", default=argparse.SUPPRESS)
+            off = dict(dest=field.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
             groups[heading].add_argument(f"--no-{field.name}", **off)
             how.update(nargs="?", const=True, type=int, metavar="N")
         elif bool in (field.type, *kinds):

@@ -87,6 +87,7 @@ def test_one_class_trains_and_samples_and_guidance_has_nothing_to_guide(tmp_path
     out, said = tmp_path / "run", "guidance has nothing to guide"
     run(*RUN, "--demo", "--out", out, "--sample-every", 4, "--sample-cfg", 2)
     assert capsys.readouterr().out.count(said) == 1 and (out / "samples/step-0000004.png").exists()
+    assert json.loads((out / "config.json").read_text())["sample_cfg"] == 1.0
     model, config = sample.load_checkpoint(out / "last.pt")
     assert config.num_classes == 1 and rows_of(out)[-1]["loss"] > 0
     flags = ["--ckpt", out / "last.pt", "--sampler", "euler", "--steps", 2, "--num", 3, "--npz"]
