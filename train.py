@@ -267,6 +267,8 @@ def train(job, signals):
     indices, chunks = split(len(job.data))
     learner = (job.method.Learner or Learner)(job, ranks, indices)
     networks, model = learner.networks, learner.networks["model"]
+    model.load_state_dict(job.initial, strict=False)  # the average begins there, too
+    job.initial.clear()
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimisers = {}
     for name, net in networks.items():
@@ -324,7 +326,7 @@ def train(job, signals):
         with meter.paused():
             saved = save(learner, stored, done, meter)
     ranks.part()
-    finish(job, start, done, stop, saved, broken)
+    finish(job, done, stop, saved, broken)
 
 
 def main(argv=None):

@@ -12,7 +12,7 @@ from inputs.prepared import Labels, open_latents
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
 from inputs.vae import FITS, SCALE, VAES, Latents, read_stats, same_spec
-from plumbing.checkpoints import refuse_used, same_run, save_checkpoint
+from plumbing.checkpoints import initial_weights, refuse_used, same_run, save_checkpoint
 from plumbing.files import one_line, shown
 from plumbing.methods import Method
 from plumbing.processes import STOPPED, device_name, fast_bf16, is_first, mixed, pick_device
@@ -29,6 +29,7 @@ class Job(NamedTuple):
     latent: Latents | None  # None of a run on pixels
     device: torch.device
     checkpoint: dict | None  # to go on from
+    initial: dict  # tensors of the network that a new run starts from; the others are drawn
 
     @property
     def bf16(self):
@@ -74,8 +75,15 @@ def open_job(argv, description):
         teacher = load_encoder(run.encoder, shape.input_size // shape.patch_size, run.encoder_weights, device)
         teacher(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))  # which it may find too small
     config = network_config(run, method, spec, len(data.classes), teacher.dim if teacher else 1)
+    if len(data.classes) == 1 and run.sample_cfg != 1:
+        run.sample_cfg = 1.0
+        if is_first():
+            print("note: there is one class, so that guidance has nothing to guide: samples without --sample-cfg")
+    initial = {}
     if checkpoint:
         same_run(run, config, data, spec, checkpoint)
+    elif run.init:
+        initial, latent = start_from(run, method, config, data, latent, device)
     if is_first():
         for sentence in [images, *said] if not run.demo else said:
             print(sentence)
@@ -83,7 +91,24 @@ def open_job(argv, description):
             print(f"another image stands in: {broken}")
         if teacher and run.encoder_weights == "random":
             print("warning: the teacher's weights are random; this is for tests only")
-    return Job(run, method, config, data, teacher, latent, device, checkpoint)
+    return Job(run, method, config, data, teacher, latent, device, checkpoint, initial)
+
+
+def start_from(run, method, config, data, latent, device):
+    """What --init gives -> (tensors of the network, the Latents: of a method that trains its VAE, the file's)."""
+    initial, anew, model, file = initial_weights(run.init, run.released, method, config)
+    said = f"starts from the weights of {run.init}, step {file.get('step', file.get('steps', 'unknown'))}"
+    said += f"; anew: {', '.join(anew)}" if anew else ""
+    if "the label table" not in anew and file.get("classes", data.classes) != data.classes:
+        said += "; the label table is kept, though the classes are named otherwise"
+    was = file.get("latent")
+    if method.stored_vae:
+        latent = latent._replace(vae=method.stored_vae(file, model, device, latent).vae)
+    elif was and any(was[key] != latent.spec[key] for key in ("sha256", "scale", "bias")):
+        said += "; its latents were of another VAE or scale"
+    if is_first():
+        print(said)
+    return initial, latent
 
 
 def scale_latents(run, spec, data, checkpoint):
@@ -149,7 +174,7 @@ def save(learner, stored, done, meter):
     return warned(lambda: save_checkpoint(Path(run.out), state, run.keep))
 
 
-def finish(job, start, done, stop, saved, broken):
+def finish(job, done, stop, saved, broken):
     """Say how it ended and what comes next. SystemExit where it is not the end; BrokenImage where one ended it."""
     run, out, latent = job.run, job.run.out, job.latent
     if not saved:
@@ -166,5 +191,5 @@ def finish(job, start, done, stop, saved, broken):
         if latent and not job.method.stored_vae:
             flags += f" --vae {run.vae}" if latent.spec["vae"] == "local" else ""
             flags += f" --vae-weights {run.vae_weights}" if run.vae_weights else ""
-        shown = f"{out}/samples and {out}/curves.png show" if run.sample_every else f"{out}/curves.png shows"
-        print(f"{shown} the run; next: python sample.py --ckpt {out}/last.pt{flags}")
+        look = f"{out}/samples and {out}/curves.png show" if run.sample_every else f"{out}/curves.png shows"
+        print(f"{look} the run; next: python sample.py --ckpt {out}/last.pt{flags}")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -178,3 +179,14 @@ def save_grid(images, names, path):
         draw.text((8, (row + 0.5) * cell), name, fill="black", font=font, anchor="lm")
     os.makedirs(Path(path).parent, exist_ok=True)
     write_whole(path, lambda f: grid.save(f, "PNG"))
+
+
+def write_npz(path, chunks, shape, labels):
+    """An npz of arr_0, uint8 of `shape`, from the .npy files `chunks`, one after the other, and of labels."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z:
+        with z.open("arr_0.npy", "w", force_zip64=True) as f:
+            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=tuple(shape)))
+            for chunk in chunks:
+                f.write(np.load(chunk).tobytes())
+        with z.open("labels.npy", "w") as f:
+            np.lib.format.write_array(f, labels)

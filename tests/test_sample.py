@@ -13,10 +13,11 @@ from PIL import Image
 
 import irepa
 import sample
+from inputs.shapes import Shapes
 from irepa import Config, Sampling, SiT
 from plumbing.records import to_uint8
 from test_irepa import TINY, fill, strong
-from tests.common import refused, rows_of, run, run_sample
+from tests.common import RUN, refused, rows_of, run, run_sample
 
 
 def test_what_samplers_are_made_of_is_irepas():
@@ -77,6 +78,29 @@ def test_demo_then_sample(tmp_path, capsys):
     ):
         assert message in refused(capsys, run_sample, *common, *flags)
     assert asdict(sample.load_checkpoint(out / "last.pt")[1]) == config["config"]
+
+
+def test_one_class_trains_and_samples_and_guidance_has_nothing_to_guide(tmp_path, monkeypatch, capsys):
+    class OneClass(Shapes):
+        classes = ["all"]
+
+    monkeypatch.setattr("plumbing.jobs.Shapes", OneClass)
+    out, said = tmp_path / "run", "guidance has nothing to guide"
+    run(*RUN, "--demo", "--out", out, "--sample-every", 4, "--sample-cfg", 2)
+    assert capsys.readouterr().out.count(said) == 1 and (out / "samples/step-0000004.png").exists()
+    assert json.loads((out / "config.json").read_text())["sample_cfg"] == 1.0
+    model, config = sample.load_checkpoint(out / "last.pt")
+    assert config.num_classes == 1 and rows_of(out)[-1]["loss"] > 0
+    flags = ["--ckpt", out / "last.pt", "--sampler", "euler", "--steps", 2, "--num", 3, "--npz"]
+    run_sample(*flags, tmp_path / "plain.npz")
+    assert said not in capsys.readouterr().out
+    run_sample(*flags, tmp_path / "guided.npz", "--cfg", 3)
+    assert capsys.readouterr().out.count(said) == 1
+    a, b = (np.load(tmp_path / f"{name}.npz") for name in ("plain", "guided"))
+    assert np.array_equal(a["arr_0"], b["arr_0"]) and a["labels"].tolist() == [0, 0, 0]
+    assert json.loads((tmp_path / "guided.json").read_text())["cfg"] == 1.0
+    run("--resume", "--out", out, "--steps", 5)
+    run_sample("--ckpt", out / "last.pt", "--steps", 2)  # a grid
 
 
 def test_sampling_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):

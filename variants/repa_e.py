@@ -27,7 +27,6 @@ batch norm sees the images of one process, while all else is the same on any num
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -35,9 +34,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import irepa
+from inputs.foreign import load_lpips
 from inputs.vae import Latents
 from irepa import draws, interpolate, irepa_loss, stream, training_draws, with_alignment
-from plumbing.files import one_line, read_pt
+from plumbing.files import one_line
 
 # what it changes in train.py's --demo: the tiny VAE is trained from random weights, hence no latents of a file
 DEMO = dict(
@@ -46,7 +46,6 @@ DEMO = dict(
 )  # fmt: skip
 
 L1, LPIPS, KL = 1.0, 1.0, 1e-6  # weights in the VAE's loss, beside --gan-coeff and --vae-proj-coeff
-VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 @dataclass
@@ -111,29 +110,6 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         return self.main(x)
-
-
-def load_lpips(weights, device):
-    """LPIPS on VGG16 (arXiv 1801.03924): (images, images) in [-1, 1] -> [B, 1, 1, 1]; None for "none".
-
-    weights: torchvision's file; the layers on top come with the package. ValueError or OSError where it cannot be had.
-    """
-    if weights == "none":
-        return None
-    hint = f"fetch {VGG16} and name the file after --lpips, or say --lpips none and do without"
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"--lpips {weights}: there is no such file: {hint}")
-    try:
-        import lpips
-    except ImportError as e:
-        raise ValueError(f"--lpips takes the package: pip install lpips, or --lpips none ({e})") from e
-    try:
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        state = read_pt(weights)
-        net.net.load_state_dict({k: state[f"features.{k.split('.', 1)[1]}"] for k in net.net.state_dict()})
-    except Exception as e:  # pickle, key and shape errors have no common class
-        raise ValueError(f"--lpips {weights} does not hold torchvision's VGG16 ({one_line(e)[:200]}): {hint}") from e
-    return net.requires_grad_(False).to(device)
 
 
 # ---- Losses ----
@@ -206,8 +182,21 @@ def latent_spec(model, spec):
     return {**spec, "vae": "trained with the model", "scale": scale, "bias": model.bn.running_mean.tolist()}
 
 
-def stored_vae(data, model, device):
-    """The Latents of a checkpoint's dict for samples of `model`. ValueError where the VAE is damaged."""
+def released(weights, args=None):
+    """No Config fields beyond irepa.SiT's for a released SiT with bn; None for others."""
+    return {} if "bn.running_mean" in weights and "r_embedder.mlp.0.weight" not in weights else None
+
+
+def stored_vae(data, model, device, given=None):
+    """The Latents for samples of `model`: with the VAE of its checkpoint's dict, or with `given` where that holds none.
+
+    ValueError where neither is there, or the VAE is damaged.
+    """
+    if "vae_config" not in data:
+        irepa.check(given, "the checkpoint holds no VAE: name the one it was trained with after --vae")
+        found, channels = given.spec["channels"], model.config.in_channels
+        irepa.check(found == channels, f"the checkpoint makes {channels} channels, --vae takes {found}")
+        return given._replace(spec=latent_spec(model, given.spec))
     from diffusers import AutoencoderKL
 
     try:
