@@ -19,7 +19,6 @@ import math
 import os
 import shutil
 import sys
-import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,19 +29,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from inputs.latents import Latents, decode, load_vae, same_spec
+from inputs.vae import SCALE, Latents, decode, load_vae, read_stats, same_spec
 from irepa import Sampling, guided, randn, sample_ode, sample_sde, solve, stream
-from plumbing.checkpoints import load_checkpoint, open_checkpoint
+from plumbing.checkpoints import load_checkpoint, open_checkpoint, refuse_unscaled
 from plumbing.files import hold_unfinished, mistakes, write_text, write_whole
 from plumbing.flags import add_flags, make_parser
 from plumbing.methods import Method, method_named
 from plumbing.processes import compile_blocks, device_name, is_first, pick_device, start_ranks
-from plumbing.records import save_grid, to_uint8, versions
+from plumbing.records import save_grid, to_uint8, versions, write_npz
 
 __all__ = ["guided", "load_checkpoint", "sample_ode", "sample_sde"]  # importable from here, too
 
 
-PLACES = "ckpt device npz vae vae_weights latent_stats".split()  # may change between starts; hash and latent may not
+PLACES = "ckpt device npz vae vae_weights latent_scale".split()  # may change between starts; hash and latent may not
 
 
 @dataclass
@@ -50,7 +49,8 @@ class Asked:
     """The knobs of this file; the method's sampler adds its own."""
 
     ckpt: str  # checkpoint: train.py's last.pt, or a released .pt
-    ema: bool = True  # the moving average of the weights; --no-ema: the live ones
+    ema: bool | int = True  # the moving average of the weights; --ema 2: the second one; --no-ema: the live weights
+    released: str | None = None  # whose file --ckpt is, where it does not show: sit (SiT's own) or dit
     num: int | None = None  # number of images; for a grid: 8 of each of the first 10 labels
     npz: str | None = None  # file for arr_0, uint8 [N, H, W, 3], and labels, int64 [N]
     out_dir: str | None = None  # new folder for numbered PNGs
@@ -59,7 +59,7 @@ class Asked:
     batch_size: int | None = None  # images at a time on each process; 256 on GPUs, else 64
     vae: str | None = ""  # of latent checkpoints, by default the one it was trained with, or sd-vae-ft-mse
     vae_weights: str | None = None  # 'random', for tests only
-    latent_stats: str | None = None  # file with scale and bias of each channel, for released checkpoints
+    latent_scale: str = ""  # of released checkpoints: vae, its own, or a file with scale and bias of each channel
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: str = "tf32"  # of products: fp32, tf32 (on GPUs, as released) or bf16
     compile: bool | None = None  # torch.compile the blocks; default: on GPUs
@@ -116,12 +116,13 @@ def choose_labels(wanted, indices, num_classes, seed):
 def read_flags(argv):
     """-> (Asked, Opened), the VAE yet to be found; ValueError for what does not fit."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of the flags that say which others there are
+    add_flags(early, Asked, leave_out=[f.name for f in fields(Asked) if f.name not in ("ema", "released")])
     early.add_argument("--ckpt")
-    early.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True)
     chosen = early.parse_known_args(argv)[0]
     model, method, file = None, method_named("irepa"), {}
     if chosen.ckpt:
-        model, _, method, file = open_checkpoint(chosen.ckpt, chosen.ema, projector=None)
+        which = dict(ema=getattr(chosen, "ema", True), released=getattr(chosen, "released", None))
+        model, _, method, file = open_checkpoint(chosen.ckpt, **which, projector=None)
     parser = make_parser("sample.py", __doc__, "--ckpt FILE [flags], which --help lists")
     # torchrun takes a bare --num for an abbreviation of an option of its own: hence the longer name
     add_flags(parser, Asked, others=dict(num="num_images"))
@@ -136,6 +137,10 @@ def read_flags(argv):
             raise ValueError("--steps, --batch-size and --num must be at least 1")
         if isinstance(value, (list, tuple)) and not value[0] <= value[1]:
             raise ValueError(f"--{name.replace('_', '-')} LO HI has LO <= HI, not {value[0]} {value[1]}")
+    if model.config.num_classes == 1 and getattr(how, "cfg", 1) != 1:
+        how = replace(how, cfg=1.0)
+        if is_first():
+            print(f"note: {asked.ckpt} knows one class, so that guidance has nothing to guide: sampled without --cfg")
     if asked.precision not in ("fp32", "tf32", "bf16"):
         raise ValueError(f"--precision is fp32, tf32 or bf16, not {asked.precision}")
     if asked.npz and asked.out_dir:
@@ -152,21 +157,32 @@ def find_vae(asked, opened):
     """The Latents that turn samples into images; None for a model of pixels. ValueError where they do not fit."""
     config, spec, ckpt = opened.model.config, opened.file.get("latent"), asked.ckpt
     if opened.method.stored_vae:
-        if asked.vae != "" or asked.vae_weights or asked.latent_stats:
-            raise ValueError(f"{ckpt} holds its own VAE: leave --vae, --vae-weights and --latent-stats out")
-        return opened.method.stored_vae(opened.file, opened.model, opened.device)
+        if asked.vae is None or asked.latent_scale:
+            raise ValueError(f"{ckpt} makes latents of statistics of its own: leave --vae none and --latent-scale out")
+        named = asked.vae or asked.vae_weights
+        given = load_vae(asked.vae, asked.vae_weights, opened.device) if named else None
+        latent = opened.method.stored_vae(opened.file, opened.model, opened.device, given)
+        if given and latent.vae is not given.vae:
+            raise ValueError(f"{ckpt} holds its own VAE: leave --vae and --vae-weights out")
+        return latent
     if spec is None and config.in_channels == 3:
-        if asked.vae or asked.latent_stats:
-            raise ValueError(f"{ckpt} makes pixels: leave --vae and --latent-stats out")
+        if asked.vae or asked.latent_scale:
+            raise ValueError(f"{ckpt} makes pixels: leave --vae and --latent-scale out")
         return None
     if asked.vae is None:
         raise ValueError(f"{ckpt} makes latents, which take a VAE: --vae none is for pixels")
     name = asked.vae or (spec["vae"] if spec else "sd-vae-ft-mse")
     if name == "local":
         raise ValueError(f"{ckpt} was trained on a VAE of sha256 {spec['sha256'][:8]}: name its folder after --vae")
-    vae, found = load_vae(name, asked.vae_weights, asked.latent_stats, opened.device)
-    if spec and not asked.latent_stats:
-        found.update(scale=spec["scale"], bias=spec["bias"])
+    if not (spec or asked.latent_scale):
+        refuse_unscaled(ckpt, opened.file)
+    vae, found = load_vae(name, asked.vae_weights, opened.device)
+    if asked.latent_scale not in ("", "vae"):
+        found.update(zip(SCALE, read_stats(asked.latent_scale, found["channels"])))
+    elif spec and not asked.latent_scale:
+        found.update({key: spec[key] for key in SCALE})
+    elif not asked.latent_scale and opened.method.LATENT_SCALE:
+        found["scale"] = [opened.method.LATENT_SCALE] * found["channels"]
     if spec:
         same_spec(found, spec, ckpt)
     if found["channels"] != config.in_channels:
@@ -207,17 +223,6 @@ def is_whole(chunk, count):
         return len(np.load(chunk, mmap_mode="r", allow_pickle=False)) == count
     except Exception:  # not there, or cut short by a full or failing disk, where numpy raises anything: made again
         return False
-
-
-def write_npz(path, chunks, shape, labels):
-    """An npz of arr_0, uint8 of `shape`, from the .npy files `chunks`, one after the other, and of labels."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z:
-        with z.open("arr_0.npy", "w", force_zip64=True) as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=tuple(shape)))
-            for chunk in chunks:
-                f.write(np.load(chunk).tobytes())
-        with z.open("labels.npy", "w") as f:
-            np.lib.format.write_array(f, labels)
 
 
 # ---- Sample ----

@@ -11,15 +11,16 @@ OUT holds config.json (every setting, versions), log.jsonl (a line each --log-ev
 EMA), curves.png, last.pt and the --keep newest checkpoints by number. A flag wins over a preset (--method, --demo), a
 preset over a default. The order of the data depends on the seed, the step and the batch size; noise, times, label
 drops and flips on these and on the kind of device: a resumed run, or one on more processes, sees the same batches.
-After SIGTERM or SIGINT the step at hand is finished and saved (the next one, where it was done but for its records),
-exit code 75; the same signal again ends the run at once. A user's mistake exits with 2.
+After SIGTERM or SIGINT the step at hand is finished and saved, exit code 75; the same signal again ends the run at
+once. A user's mistake exits with 2.
 """
 
 import copy
+import itertools
 import math
 import sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +29,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from inputs.images import BrokenImage, workers_for
-from inputs.latents import decode, encode, to_latent
 from inputs.teachers import load_encoder as load_encoder  # importable from here, too
+from inputs.vae import decode, encode, to_latent
 from irepa import draws, stream
-from plumbing.checkpoints import hold_folder, save_checkpoint
+from plumbing.checkpoints import hold_folder
 from plumbing.files import mistakes
-from plumbing.jobs import begin_log, names_of, open_job
-from plumbing.processes import STOPPED, compile_blocks, ignore_signals, is_first, noted_signals, start_ranks
+from plumbing.jobs import begin_log, finish, names_of, open_job, save
+from plumbing.processes import compile_blocks, ignore_signals, is_first, noted_signals, start_ranks
 from plumbing.records import Meter, append, plot, progress, save_grid, to_uint8, warned
 from sample import generate
 
@@ -73,7 +74,8 @@ def batches(indices, run, start, rank, world):
 
 
 def feed(job, indices, start, ranks):
-    """This process's parts of the batches, flipped and on the device: ((i, n), images, labels, moments), part i of n.
+    """This process's parts of the batches, flipped and on the device: part i of n as ((i, n), images, labels, moments),
+    and how many of its images stand in for broken ones.
 
     images are None where neither the network nor the teacher needs them, moments without a cache of latents.
     """
@@ -88,8 +90,18 @@ def feed(job, indices, start, ranks):
     )
     for count, batch in enumerate(loader):
         step, own = divmod(count, run.accumulate)
-        part, (images, labels, moments) = (ranks.rank + own * ranks.world, parts), to_device(job.device, batch)
-        yield part, job.flipped(images, start + step, part), labels, moments
+        part, (images, *others) = (ranks.rank + own * ranks.world, parts), to_device(job.device, batch)
+        yield (part, job.flipped(images, start + step, part), *others), batch.replaced
+
+
+def fetch(incoming, count):
+    """-> (the `count` parts of the next step, how many images in them stand in for others, None), or the BrokenImage
+    that bars it in the last place."""
+    try:
+        parts, replaced = zip(*itertools.islice(incoming, count))
+        return parts, sum(replaced), None
+    except BrokenImage as broken:
+        return (), 0, broken.with_traceback(None)  # which would hold the loader, and it its workers
 
 
 def to_device(device, batch):
@@ -257,6 +269,8 @@ def train(job, signals):
     indices, chunks = split(len(job.data))
     learner = (job.method.Learner or Learner)(job, ranks, indices)
     networks, model = learner.networks, learner.networks["model"]
+    model.load_state_dict(job.initial, strict=False)  # the averages begin there, too
+    job.initial.clear()
     averages = {name: copy.deepcopy(model).requires_grad_(False).eval() for name in run.averages}
     optimisers = {}
     for name, net in networks.items():
@@ -275,20 +289,23 @@ def train(job, signals):
         images, labels, moments = to_device(job.device, job.data[chunk])
         unseen.append(((i, len(chunks)), learner.held_out(images, moments, (i, len(chunks))), labels))
     log = begin_log(job, networks, ranks, start, len(indices)) if first else None
-    saved = True
+    done, stop, saved = start, False, True
     meter = Meter(start, seconds, ranks.world, lambda step: names_of(job.data, batch_at(step, indices, run, {})))
     incoming, bar = feed(job, indices, start, ranks), progress(run.steps, start, first)
     for step in range(start, run.steps):
+        parts, replaced, broken = fetch(incoming, run.accumulate)
+        stop = ranks.any(signals or broken)  # all stop before the same step
+        if stop:
+            break
         rate, before = learning_rate(run, step), [b.clone() for b in statistics(networks.values())]
-        terms = learner.gradients(step, (next(incoming) for _ in range(run.accumulate)))
+        terms = learner.gradients(step, parts)
         norms, skipped = update(networks, optimisers, before, run.clip, rate)
         for name, ema in averages.items():
             average(ema, model, ema_decay(run, step, name))
-        meter.add({**terms, **norms}, skipped)
+        meter.add({**terms, **norms}, skipped, replaced)
         bar.update()
 
         done, last = step + 1, step + 1 == run.steps
-        stop = ranks.any(signals) and not last  # all stop after the same step
         if done % run.log_every == 0 or last:
             row = dict(meter.row(run.batch_size), lr=rate)
             with meter.paused():
@@ -299,40 +316,20 @@ def train(job, signals):
                 bar.set_postfix_str((shown + " {images_per_s:.0f} img/s").format(**row))
         if first:
             with meter.paused():
-                if done % run.ckpt_every == 0 or last or stop:
-                    state = {name: entry.state_dict() for name, entry in stored.items()}
-                    state.update(learner.facts(), config=asdict(job.config), settings=run.record(), step=done)
-                    state.update(classes=job.data.classes, images=len(job.data), processes=ranks.world)
-                    saved = warned(lambda: save_checkpoint(out, {**state, "seconds": meter.seconds}, run.keep))
-                drawn = run.sample_every and (done % run.sample_every == 0 or last) and not stop
+                if done % run.ckpt_every == 0 or last:
+                    saved = save(learner, stored, done, meter)
+                drawn = run.sample_every and (done % run.sample_every == 0 or last)
                 if drawn:
                     warned(lambda: draw(averages["ema"], learner, out / "samples", done))
                 if (drawn or last) and log.stat().st_size:
                     warned(lambda: plot(out))
-        if stop:
-            break
     bar.close()
     incoming.close()  # and with it the workers
+    if first and stop and done > start and done % run.ckpt_every:
+        with meter.paused():
+            saved = save(learner, stored, done, meter)
     ranks.part()
-    finish(job, done, stop, saved)
-
-
-def finish(job, done, stop, saved):
-    """Say how it ended and what comes next; SystemExit where it is not the end."""
-    run, out, latent = job.run, job.run.out, job.latent
-    if not saved:
-        raise SystemExit(f"train.py: step {done} could not be saved; {out}/last.pt, if there, is of an earlier step")
-    if stop:
-        if is_first():
-            print(f"stopped by a signal after step {done}, saved in {out}/last.pt; --resume --out {out} goes on")
-        raise SystemExit(STOPPED)
-    if is_first():
-        flags = f" --cfg {run.sample_cfg:g}" if run.sample_cfg != 1 else ""
-        if latent and not job.method.stored_vae:
-            flags += f" --vae {run.vae}" if latent.spec["vae"] == "local" else ""
-            flags += f" --vae-weights {run.vae_weights}" if run.vae_weights else ""
-        shown = f"{out}/samples and {out}/curves.png show" if run.sample_every else f"{out}/curves.png shows"
-        print(f"{shown} the run; next: python sample.py --ckpt {out}/last.pt{flags}")
+    finish(job, done, stop, saved, broken)
 
 
 def main(argv=None):

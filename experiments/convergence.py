@@ -356,7 +356,7 @@ def prepare(argv):
         raise ValueError(f"the {args.points} legs need --lr-schedule constant, and as many --steps")
     args.legs = [run.steps * (i + 1) // args.points for i in range(args.points)]
     args.decoder = ["--device", args.device]
-    for name in ("vae", "vae_weights", "latent_stats"):
+    for name in ("vae", "vae_weights"):
         if getattr(run, name) is not None:
             args.decoder += [f"--{name.replace('_', '-')}", getattr(run, name)]
     return args, (run, network_config(run, method))  # what does not fit together is said before anything slow

@@ -213,7 +213,9 @@ def fuzz(work, count, seed):
 
     def cached(_):
         read_manifest(cache)
-        Cached(data, cache)[np.arange(len(data))]
+        latents = Cached(data, cache)
+        latents[np.arange(len(data))]
+        latents.statistics()
 
     def image_set(path):
         images, _ = fid.open_set(path)

@@ -1,4 +1,4 @@
-"""Encoders' weights as their authors publish them, read and renamed to timm's names."""
+"""Weights as their authors publish them: encoders', renamed to timm's names, and VGG16's for LPIPS."""
 
 from pathlib import Path
 
@@ -6,7 +6,9 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-from plumbing.files import read_pt
+from plumbing.files import one_line, read_pt
+
+VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 def read_weights(path):
@@ -80,3 +82,26 @@ def mocov3_names(state):
             key = key.replace(f".{wrong}.", f".{right}.")
         out[key] = value
     return out
+
+
+def load_lpips(weights, device):
+    """LPIPS on VGG16 (arXiv 1801.03924): (images, images) in [-1, 1] -> [B, 1, 1, 1]; None for "none".
+
+    weights: torchvision's file; the layers on top come with the package. ValueError or OSError where it cannot be had.
+    """
+    if weights == "none":
+        return None
+    hint = f"fetch {VGG16} and name the file after --lpips, or say --lpips none and do without"
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"--lpips {weights}: there is no such file: {hint}")
+    try:
+        import lpips
+    except ImportError as e:
+        raise ValueError(f"--lpips takes the package: pip install lpips, or --lpips none ({e})") from e
+    try:
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        state = read_pt(weights)
+        net.net.load_state_dict({k: state[f"features.{k.split('.', 1)[1]}"] for k in net.net.state_dict()})
+    except Exception as e:  # pickle, key and shape errors have no common class
+        raise ValueError(f"--lpips {weights} does not hold torchvision's VGG16 ({one_line(e)[:200]}): {hint}") from e
+    return net.requires_grad_(False).to(device)

@@ -1,24 +1,23 @@
-"""Checkpoints in and out: this project's, and the released REPA and iREPA ones; a variant reads its own kind's."""
+"""Checkpoints in and out: this project's own, and those that plumbing/released.py knows."""
 
 import os
-import re
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from inputs.latents import SPEC, same_spec
-from irepa import REPA, SIZES
+from inputs.vae import SPEC, same_spec
 from plumbing.files import lock, one_line, read_pt, write_whole
-from plumbing.methods import method_named, method_names
+from plumbing.processes import is_first
+from plumbing.released import recognised, weights_of
 
-EMA = ("ema", "model_ema1")  # what files call the moving average of the weights
-PREFIXES = ("module.", "_orig_mod.", "net.")  # of DDP, torch.compile and wrappers
+STATS = "pretrained_models/sdvae-ft-mse-f8d4-latents-stats.pt"
+WRONG = (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError, AttributeError)  # shapes, names
 
 
 def read_checkpoint(path):
-    """The dict in a .pt file, without executing anything in it. FileNotFoundError, or ValueError saying why not."""
+    """The dict in a .pt or .safetensors file, without executing anything in it. FileNotFoundError or ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint file")
     data = read_pt(path)
@@ -36,40 +35,83 @@ def read_checkpoint(path):
     return data
 
 
-def load_checkpoint(path, /, ema=True, **overrides):
-    """-> (model in eval mode on the CPU, Config). Reads our files, released REPA and iREPA ones, a variant's; strictly.
+def load_checkpoint(path, /, ema=True, released=None, **overrides):
+    """-> (model in eval mode on the CPU, Config). Reads our files and those of others, strictly.
 
-    A released file's config is inferred from its shapes; overrides set what shapes do not show (num_heads of an
-    unusual width, path). A missing or surplus tensor is a ValueError that names it, except that the projector,
-    which sampling does not use, may be absent, and is ignored, whatever it is, with projector=None.
+    ema: which weights, see weights_of; released: "sit" for a file of SiT's own that does not show it. A released file's
+    config is inferred from its shapes; overrides set what shapes do not show (num_heads of an unusual width, path). A
+    missing or surplus tensor is a ValueError that names it, except that the projector, which sampling does not use, may
+    be absent, and is ignored, whatever it is, with projector=None.
     """
-    return open_checkpoint(path, ema, **overrides)[:2]
+    return open_checkpoint(path, ema, released, **overrides)[:2]
 
 
-def open_checkpoint(path, /, ema=True, **overrides):
+def open_checkpoint(path, /, ema=True, released=None, **overrides):
     """-> (model, Config) as load_checkpoint, and the Method and the dict of the file."""
     data = read_checkpoint(path)
+    method, settings, weights = understood(path, data, ema, released)
     try:
-        weights = weights_of(data, ema)
         if overrides.get("projector", True) is None:
             weights = {k: v for k, v in weights.items() if not k.startswith("projectors.")}
-    except ValueError as e:
-        raise ValueError(f"{path} {e}") from e
-    try:
-        method, settings = recognised(data, weights)
         if not any(k.startswith("projectors.") for k in weights):
             settings = {**settings, "projector": None}
-        settings = {**settings, **overrides}
-        for field in set(settings) - {f.name for f in fields(method.Config)}:
-            raise ValueError(f"unknown field {field!r} of Config")
-        config = method.Config(**settings)
+        config = method.Config(**{**settings, **overrides})
         if config.depth > len(weights):  # before time and memory go into blocks that the file cannot fill
             raise ValueError(f"its config has {config.depth} blocks, and the file {len(weights)} tensors")
         with torch.device("meta"):  # no initialisation: every tensor comes from the file
             model = method.model(config)
-    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError, AttributeError) as e:
+    except WRONG as e:
         raise ValueError(f"{path}: no config fits its tensors: {one_line(e)[:300]}") from e
-    expected = model.state_dict()
+    fits(path, weights, model.state_dict())
+    model.load_state_dict({k: v.float().clone() for k, v in weights.items()}, assign=True)
+    return model.requires_grad_(False).eval(), config, method, data
+
+
+def initial_weights(path, released, method, config):
+    """What a run of `method` starts from -> (tensors of its network, what starts anew, the file's model and dict).
+
+    They are the file's average or, where it has none, its live weights. ValueError where they are not all of the
+    network's, but for the label table and the projector, which start anew where their sizes differ.
+    """
+    model, theirs, _, data = open_checkpoint(path, None, released)
+    with torch.device("meta"):
+        expected = method.model(config).state_dict()
+    weights, anew = model.state_dict(), []
+    for part, name in (("y_embedder.", "the label table"), ("projectors.", "the projector")):
+        old, new = ({k: v.shape for k, v in state.items() if k.startswith(part)} for state in (weights, expected))
+        if old != new:
+            weights, expected = ({k: v for k, v in s.items() if not k.startswith(part)} for s in (weights, expected))
+            anew += [name] if new else []
+    fits(path, weights, expected)
+    for key in ("num_heads", "path") if "config" in data else ("path",) if "args" in data else ():
+        if getattr(theirs, key, None) != getattr(config, key, None):
+            raise ValueError(f"{path} has {key} {getattr(theirs, key)}, not {getattr(config, key)}: they must agree")
+    return weights, anew, model, data
+
+
+def understood(path, data, ema, released=None):
+    """A file's dict -> (Method, fields of its Config, weights as the Method's network takes them)."""
+    try:
+        weights = weights_of(data, ema)
+    except ValueError as e:
+        raise ValueError(f"{path} {e}") from e
+    try:
+        method, settings, weights = recognised(data, weights, released)
+        known = {f.name for f in fields(method.Config)}
+        gone = {k: v for k, v in settings.items() if k not in known}
+    except WRONG as e:
+        raise ValueError(f"{path}: {one_line(e)[:300]}") from e
+    if gone and is_first():
+        print(f"note: {path} was trained with {listed(gone)}, which this version does not know and goes without")
+    return method, {k: v for k, v in settings.items() if k in known}, weights
+
+
+def listed(settings):
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def fits(path, weights, expected):
+    """ValueError, naming tensors, where a file's weights are not those of a state dict."""
     problems = [f"missing {k}" for k in expected if k not in weights]
     problems += [f"surplus {k}" for k in weights if k not in expected]
     problems += [
@@ -79,91 +121,23 @@ def open_checkpoint(path, /, ema=True, **overrides):
     ]
     if problems:
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:5])} ({len(problems)} in all)")
-    model.load_state_dict({k: v.float().clone() for k, v in weights.items()}, assign=True)
-    return model.requires_grad_(False).eval(), config, method, data
 
 
-# ---- Whatever a file calls it ----
+def refuse_unscaled(path, data):
+    """ValueError where a checkpoint's dict is of the iREPA release: the scale of its latents lies in another file.
 
-
-def weights_of(data, ema=True):
-    """The state dict in a checkpoint's dict, under our names. ValueError where there is none."""
-    weights = next((data[k] for k in EMA if k in data), None) if ema else data.get("model")
-    if weights is None and data and all(torch.is_tensor(v) for v in data.values()):
-        weights = data  # a bare state dict
-    if not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
-        raise ValueError(f"has no {'ema' if ema else 'model'} weights; it holds: {', '.join(map(str, data))}")
-    if not all(isinstance(k, str) for k in weights):
-        raise ValueError("is damaged: its weights have names that are no strings")
-    weights = {released_name(k): v for k, v in weights.items()}
-    # REPA's oldest files number the blocks after the alignment anew, as decoder_blocks
-    first = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
-    return {
-        re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + first}", k): v for k, v in weights.items()
-    }
-
-
-def released_name(key):
-    """Without the prefixes of wrappers, and with REPA's projectors.0.{0,2,4} under iREPA's name."""
-    while key.startswith(PREFIXES):
-        key = key.split(".", 1)[1]
-    parts = key.split(".")
-    if parts[0] == "projectors" and len(parts) == 4 and parts[2].isdigit():
-        key = f"projectors.{parts[1]}.projection_layer.{parts[2]}.{parts[3]}"
-    return key
-
-
-def recognised(data, weights):
-    """-> (Method, fields of its Config): as one of our files says, or as a released one shows by its tensors."""
-    settings, config, args = data.get("settings"), data.get("config"), data.get("args")
-    if isinstance(settings, dict):
-        if settings.get("method") not in method_names():
-            raise ValueError(f"its method is {settings.get('method')!r}, which is none of ours")
-        return method_named(settings["method"]), config
-    method, found = method_named("irepa"), None
-    for other in map(method_named, method_names()):
-        found = other.released(weights, args)
-        if found is not None:
-            method = other
-            break
-    if isinstance(config, dict):
-        return method, config
-    return method, {**(infer_config(weights, args) if found is None else found), **projector_of(weights)}
-
-
-def infer_config(weights, args=None):
-    """The fields of irepa.Config that a released SiT shows by its shapes, and its args (a Namespace, or None)."""
-    if "x_embedder.proj.weight" not in weights:
-        raise ValueError("x_embedder.proj.weight is missing: these are not the weights of a SiT")
-    width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
-    by_width = {w: (heads, encoder_depth) for _, w, heads, encoder_depth in SIZES.values()}
-    heads, encoder_depth = by_width.get(width, (1, 1))
-    depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
-    return dict(
-        input_size=round(weights["pos_embed"].shape[1] ** 0.5) * patch,
-        patch_size=patch,
-        in_channels=channels,
-        hidden_size=width,
-        depth=depth,
-        num_heads=heads,
-        num_classes=weights["y_embedder.embedding_table.weight"].shape[0] - 1,
-        qk_norm="blocks.0.attn.q_norm.weight" in weights,
-        path=getattr(args, "path_type", "linear"),
-        encoder_depth=min(getattr(args, "encoder_depth", encoder_depth), depth),
-    )
-
-
-def projector_of(weights):
-    """The fields of the projector in a released state dict."""
-    layer = "projectors.0.projection_layer"
-    if f"{layer}.4.weight" in weights:
-        hidden, encoder_dim = weights[f"{layer}.0.weight"].shape[0], weights[f"{layer}.4.weight"].shape[0]
-        return dict(REPA, projector_dim=hidden, encoder_dim=encoder_dim)
-    if f"{layer}.weight" in weights:
-        shape = weights[f"{layer}.weight"].shape
-        kernel = shape[2] if len(shape) == 4 else 3
-        return dict(projector="conv" if len(shape) == 4 else "linear", encoder_dim=shape[0], kernel_size=kernel)
-    return dict(projector=None)
+    Its args show it, or the name of its projector, which is REPA's no more.
+    """
+    if "settings" in data:  # ours
+        return
+    args = data.get("args")
+    args = args if isinstance(args, dict) else getattr(args, "__dict__", {})
+    names = [str(key) for part in (data, *data.values()) if isinstance(part, dict) for key in part]
+    if {"zscore_alpha", "spnorm_method"} & args.keys() or any("projection_layer" in name for name in names):
+        raise ValueError(
+            f"{path} is of the iREPA release, whose latents are scaled per channel: fetch {STATS} from its"
+            " iREPA-collections, as in README, and name the file with --latent-scale (or vae, if it was trained so)"
+        )
 
 
 # ---- A run's own ----

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 
 def one_line(error):
@@ -23,6 +24,11 @@ def one_line(error):
     if isinstance(error, KeyError) and isinstance(error.args[0], str):
         return f"{text} is missing"
     return text or type(error).__name__
+
+
+def shown(name):
+    """A name for people: bytes of it that are no UTF-8 as \\xe9, where printing them would fail."""
+    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 @contextmanager
@@ -94,8 +100,10 @@ def hold_unfinished(folder, record, leave_out):
 
 
 def read_pt(path):
-    """What torch.save wrote to `path`, on the CPU, without executing anything in it. ValueError saying why not."""
+    """What torch.save or safetensors wrote to `path`, on the CPU, executing nothing in it. ValueError, saying why."""
     try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # REPA's released files hold one
             # the format before torch 1.6 is no zip, and cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

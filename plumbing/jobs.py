@@ -6,15 +6,18 @@ from typing import NamedTuple
 
 import torch
 
-from inputs.images import ImageSet
-from inputs.latents import VAES, Cached, Latents, open_vae, same_spec
+from inputs.images import BrokenImage, ImageSet
+from inputs.latents import open_vae
+from inputs.prepared import Labels, open_latents
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
+from inputs.vae import FITS, SCALE, VAES, Latents, read_stats, same_spec
 from irepa import draws, stream
-from plumbing.checkpoints import refuse_used, same_run
+from plumbing.checkpoints import initial_weights, refuse_used, same_run, save_checkpoint
+from plumbing.files import one_line, shown
 from plumbing.methods import Method
-from plumbing.processes import device_name, fast_bf16, is_first, mixed, pick_device
-from plumbing.records import open_log, versions
+from plumbing.processes import STOPPED, device_name, fast_bf16, is_first, mixed, pick_device
+from plumbing.records import open_log, versions, warned
 from plumbing.settings import Run, network_config, resolve
 
 
@@ -22,11 +25,12 @@ class Job(NamedTuple):
     run: Run  # the flags
     method: Method
     config: object  # the method's Config
-    data: object  # the images: ImageSet, Cached or Shapes
+    data: object  # the images: ImageSet or Shapes, these with latents, or Labels with latents
     teacher: object  # of load_encoder, or None
     latent: Latents | None  # None of a run on pixels
     device: torch.device
     checkpoint: dict | None  # to go on from
+    initial: dict  # tensors of the network that a new run starts from; the others are drawn
 
     @property
     def bf16(self):
@@ -51,8 +55,6 @@ def open_job(argv, description):
     run, method, checkpoint = resolve(argv, description)
     if is_first() and not run.resume:
         refuse_used(Path(run.out))
-    if not (run.demo or Path(run.data).exists()):
-        raise FileNotFoundError(f"--data {run.data} does not exist: name a folder of class folders, or a .zip of one")
     if run.vae is None or run.vae in VAES:
         network_config(run, method)  # what does not fit together is said before anything slow
     device = pick_device(run.device)
@@ -60,24 +62,94 @@ def open_job(argv, description):
     spec = latent.spec if latent else None
     shape = network_config(run, method, spec)
     size = run.image_size
-    data = Shapes(size, 10_000) if run.demo else ImageSet(run.data, size, run.skip_broken, is_first())
+    if run.demo:
+        data = images = Shapes(size, 10_000)
+    elif Labels.takes(run.data):
+        if not run.latents:
+            raise ValueError(f"{run.data} holds labels alone, which go with --latents")
+        if shape.projector:
+            raise ValueError(f"{run.data} holds labels alone, and the teacher looks at images: --method sit has none")
+        data = images = Labels(run.data)
+    else:
+        data = images = ImageSet(run.data, size, run.skip_broken, is_first())
+    said = []
     if run.latents:
-        data = Cached(data, run.latents, images=shape.projector is not None)
-        same_spec(spec, data.spec, run.latents)
+        data = open_latents(run.latents, data, spec, size, images=shape.projector is not None)
+        if data.spec:
+            same_spec(spec, data.spec, run.latents, FITS)
+        else:
+            said.append(f"{run.latents} does not say of which VAE its latents are: --vae {run.vae} is taken")
+    if latent and not method.stored_vae:  # such a method scales its latents itself
+        said.append(scale_latents(run, spec, data, checkpoint))
     teacher = None
     if shape.projector:
         teacher = load_encoder(run.encoder, shape.input_size // shape.patch_size, run.encoder_weights, device)
         teacher(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))  # which it may find too small
     config = network_config(run, method, spec, len(data.classes), teacher.dim if teacher else 1)
+    if len(data.classes) == 1 and run.sample_cfg != 1:
+        run.sample_cfg = 1.0
+        if is_first():
+            print("note: there is one class, so that guidance has nothing to guide: samples without --sample-cfg")
+    initial = {}
     if checkpoint:
         same_run(run, config, data, spec, checkpoint)
+    elif run.init:
+        initial, latent = start_from(run, method, config, data, latent, device)
     if is_first():
-        broken = getattr(data, "broken", [])
-        for n, what in enumerate(broken, start=1):
-            print(f"left out, {n} of {len(broken)}: {what}")
+        for sentence in [images, *said] if not run.demo else said:
+            print(sentence)
+        for broken in [] if run.demo else images.broken:
+            print(f"another image stands in: {broken}")
         if teacher and run.encoder_weights == "random":
             print("warning: the teacher's weights are random; this is for tests only")
-    return Job(run, method, config, data, teacher, latent, device, checkpoint)
+    return Job(run, method, config, data, teacher, latent, device, checkpoint, initial)
+
+
+def start_from(run, method, config, data, latent, device):
+    """What --init gives -> (tensors of the network, the Latents: of a method that trains its VAE, the file's)."""
+    initial, anew, model, file = initial_weights(run.init, run.released, method, config)
+    said = f"starts from the weights of {run.init}, step {file.get('step', file.get('steps', 'unknown'))}"
+    said += f"; anew: {', '.join(anew)}" if anew else ""
+    if "the label table" not in anew and file.get("classes", data.classes) != data.classes:
+        said += "; the label table is kept, though the classes are named otherwise"
+    was = file.get("latent")
+    if method.stored_vae:
+        latent = latent._replace(vae=method.stored_vae(file, model, device, latent).vae)
+    elif was and any(was[key] != latent.spec[key] for key in ("sha256", "scale", "bias")):
+        said += "; its latents were of another VAE or scale"
+    if is_first():
+        print(said)
+    return initial, latent
+
+
+def scale_latents(run, spec, data, checkpoint):
+    """Give the spec of the latents the scale and bias that --latent-scale asks for -> what that means, in a sentence.
+
+    A run that goes on keeps those of its checkpoint. ValueError where they cannot be had.
+    """
+    asked, how = run.latent_scale, "as at the start"
+    if checkpoint and checkpoint["latent"] and asked == checkpoint["settings"]["latent_scale"]:
+        spec.update({key: checkpoint["latent"][key] for key in SCALE})
+    elif asked == "set":
+        mean, std, how = data.statistics()
+        if not std.all():
+            raise ValueError(f"{run.latents}: channel {std.argmin()} of the latents never changes; --latent-scale vae")
+        spec.update(scale=(1 / std).tolist(), bias=mean.tolist())
+    elif asked != "vae":
+        spec.update(zip(SCALE, read_stats(asked, spec["channels"])))
+    numbers = ", ".join(f"{key} {' '.join(f'{v:.5g}' for v in dict.fromkeys(spec[key]))}" for key in SCALE)
+    if asked == "set":
+        return (
+            f"latents: mean 0 and variance 1 in each channel, {how}, as in the iREPA release ({numbers}); losses do not"
+            " compare with those at the VAE's own scale, which SiT and REPA have (--latent-scale vae)"
+        )
+    if asked == "vae":
+        way = "" if run.latents else ", which takes a cache: python -m inputs.latents, then --latents"
+        return (
+            f"latents: the VAE's own scale, as in SiT and REPA ({numbers}); losses do not compare with those of the"
+            f" iREPA release, where each channel has mean 0 and variance 1 (--latent-scale set{way})"
+        )
+    return f"latents: as {asked} scales each channel ({numbers}); losses compare only where these numbers are the same"
 
 
 def begin_log(job, networks, ranks, start, training):
@@ -101,4 +173,34 @@ def begin_log(job, networks, ranks, start, training):
 
 
 def names_of(data, indices):
-    return [data.files[i] if hasattr(data, "files") else f"image {i}" for i in indices]
+    return [shown(data.files[i]) if hasattr(data, "files") else f"image {i}" for i in indices]
+
+
+def save(learner, stored, done, meter):
+    """Write the checkpoint of step `done` -> whether the disk took it. stored: {entry: network or optimiser}."""
+    job, run = learner.job, learner.job.run
+    state = {name: entry.state_dict() for name, entry in stored.items()}
+    state.update(learner.facts(), config=asdict(job.config), settings=run.record(), step=done, seconds=meter.seconds)
+    state.update(classes=job.data.classes, images=len(job.data), processes=meter.world)
+    return warned(lambda: save_checkpoint(Path(run.out), state, run.keep))
+
+
+def finish(job, done, stop, saved, broken):
+    """Say how it ended and what comes next. SystemExit where it is not the end; BrokenImage where one ended it."""
+    run, out, latent = job.run, job.run.out, job.latent
+    if not saved:
+        raise SystemExit(f"train.py: step {done} could not be saved; {out}/last.pt, if there, is of an earlier step")
+    kept = f"step {done} is saved in {out}/last.pt" if done else "no step was made"
+    if broken:
+        raise BrokenImage(f"{one_line(broken)}; {kept}: --resume --out {out} goes on")
+    if stop:
+        if is_first():
+            print(f"stopped: {kept}; --resume --out {out} goes on")
+        raise SystemExit(STOPPED)
+    if is_first():
+        flags = f" --cfg {run.sample_cfg:g}" if run.sample_cfg != 1 else ""
+        if latent and not job.method.stored_vae:
+            flags += f" --vae {run.vae}" if latent.spec["vae"] == "local" else ""
+            flags += f" --vae-weights {run.vae_weights}" if run.vae_weights else ""
+        look = f"{out}/samples and {out}/curves.png show" if run.sample_every else f"{out}/curves.png shows"
+        print(f"{look} the run; next: python sample.py --ckpt {out}/last.pt{flags}")

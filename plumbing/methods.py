@@ -14,8 +14,10 @@ and, where it needs them, what irepa.py has not:
     scaled      scaled(batch_size) -> likewise those that follow --batch-size where they are not given
     Learner     instead of train.Learner, where one network, one loss and one optimiser are not enough
     check_run   check_run(run): ValueError where flags do not fit the method
-    released    released(weights, args) -> the Config fields of a released state dict, or None if it is not its own
-    stored_vae  stored_vae(checkpoint, model, device) -> the Latents of inputs/latents.py that a checkpoint of it holds
+    released    released(weights, args) -> the Config fields of a released state dict that irepa.py's names and shapes
+                do not show, or None if it is not its own; LATENT_SCALE: of the latents of these, if not the VAE's
+    stored_vae  stored_vae(checkpoint, model, device, given) -> the Latents of inputs/vae.py that a checkpoint of it
+                holds; where it holds none, `given`, those that the user names, if any, with the checkpoint's scale
 """
 
 import importlib
@@ -44,6 +46,7 @@ class Method:
     Learner: type | None = None
     check_run: Callable = lambda run: None
     released: Callable = lambda weights, args: None
+    LATENT_SCALE: float | None = None
     stored_vae: Callable | None = None
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,9 +27,12 @@ class Meter:
         """step, seconds: where a resumed run goes on; images_of(step) names the images of a step."""
         self.since, self.seconds, self.world, self.images_of = step, seconds, world, images_of
         self.sums, self.skips, self.streak, self.last, self.clock = None, [], 0, seconds, time.time()
+        self.replaced = 0
 
-    def add(self, terms, skipped):
-        """terms: dict of scalars; skipped: 1. where the step was not applied, and counts in no mean."""
+    def add(self, terms, skipped, replaced=0):
+        """terms: dict of scalars; skipped: 1. where the step was not applied, and counts in no mean; replaced: how many
+        of this process's images stand in for broken ones."""
+        self.replaced += replaced
         terms = {k: torch.where(skipped > 0, 0, v.detach()) for k, v in terms.items()}
         self.sums = {k: self.sums[k] + v for k, v in terms.items()} if self.sums else terms
         self.skips.append(skipped)
@@ -39,16 +43,19 @@ class Meter:
         FloatingPointError, with the images of the first of them, at PATIENCE non-finite steps in a row.
         """
         flags, steps = torch.stack(self.skips).bool().tolist(), len(self.skips)
-        sums = torch.stack([*self.sums.values()])
+        sums = torch.stack([*self.sums.values(), torch.full_like(self.skips[0], self.replaced)])
         if self.world > 1:
             dist.all_reduce(sums)
         self.refuse_streak(flags)
-        means = (sums / max(1, steps - sum(flags)) / self.world).tolist()
+        *sums, replaced = sums
+        means = (torch.stack(sums) / max(1, steps - sum(flags)) / self.world).tolist()
         self.seconds += time.time() - self.clock
         self.clock = time.time()
-        row = dict(step=self.since + steps, **dict(zip(self.sums, means)), skipped=sum(flags), seconds=self.seconds)
+        row = dict(step=self.since + steps, **dict(zip(self.sums, means)), skipped=sum(flags))
+        row.update(replaced=int(replaced), seconds=self.seconds)
         row["images_per_s"] = steps * images / (self.seconds - self.last)
         self.since, self.last, self.sums, self.skips = self.since + steps, self.seconds, None, []
+        self.replaced = 0
         return row
 
     def refuse_streak(self, flags):
@@ -172,3 +179,14 @@ def save_grid(images, names, path):
         draw.text((8, (row + 0.5) * cell), name, fill="black", font=font, anchor="lm")
     os.makedirs(Path(path).parent, exist_ok=True)
     write_whole(path, lambda f: grid.save(f, "PNG"))
+
+
+def write_npz(path, chunks, shape, labels):
+    """An npz of arr_0, uint8 of `shape`, from the .npy files `chunks`, one after the other, and of labels."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z:
+        with z.open("arr_0.npy", "w", force_zip64=True) as f:
+            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=tuple(shape)))
+            for chunk in chunks:
+                f.write(np.load(chunk).tobytes())
+        with z.open("labels.npy", "w") as f:
+            np.lib.format.write_array(f, labels)

@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from inputs.latents import Source, settle_vae
-from plumbing.checkpoints import read_last
+from plumbing.checkpoints import listed, read_last
 from plumbing.files import one_line
 from plumbing.flags import add_flags, make_parser, takes_none
 from plumbing.methods import ALIGNMENTS, OWN, method_named, method_names
 
 # the data, the VAE and the teacher say what these are
 FOUND = ("input_size", "in_channels", "num_classes", "encoder_dim")
+# of a run's config.json, what is no setting
+FACTS = "git_commit torch numpy python config classes hardware world_size bf16 images parameters".split()
 
 # --demo; drawn shapes take the place of --data
 DEMO = dict(
@@ -36,6 +38,8 @@ class Run(Source):
     method: str = "irepa"  # irepa: conv, spatial norm; repa: mlp; sit: none; or a file of variants/
     align: str = "irepa"  # how the method is aligned: irepa, repa or none
     model: str = "SiT-XL/2"  # size and patch, as in SiT-{S,B,L,XL}/{1,2,4,8}
+    init: str | None = None  # start from this checkpoint's weights, ours or others': the average, where there is one
+    released: str | None = None  # whose file --init is, where it does not show: sit (SiT's own) or dit
     # teacher
     encoder: str = "hog"  # hog or sift (no weights), a name that python -m inputs.teachers lists, timm:<any ViT>
     encoder_weights: str | None = None  # local file instead of a download; 'random' is for tests only
@@ -44,7 +48,8 @@ class Run(Source):
     workers: int | None = None  # decoding processes a rank; by default none where images are kept in memory
     flip: bool = False  # mirror half of the images in training, left to right, by chance
     # latents
-    latents: str | None = None  # cache of --data's latents; without it the VAE encodes in each step, slowly
+    latents: str | None = None  # cache of --data, REPA's vae-sd, or the release's folder; else the VAE encodes, slowly
+    latent_scale: str = ""  # set (default with --latents): mean 0, variance 1 a channel; vae: its own; or a stats file
     # optimisation
     steps: int = 400_000  # optimiser steps
     batch_size: int = 256  # global: over all processes and accumulated parts
@@ -100,6 +105,8 @@ def resolve(argv=None, description=None):
         method = method_named(saved["method"])
     model = chosen.model or saved.get("model", model)
     given = vars(parser_of(method, model, description).parse_args(argv))
+    if chosen.resume and "init" in given:
+        raise ValueError(f"--init starts a run, and --resume goes on from {out}/last.pt: leave one of them out")
     if demo and "data" in given:
         raise ValueError("--demo draws its own images: leave --data out, or --demo")
     if demo and "model" in given:  # a size asked for by name is that size
@@ -112,6 +119,8 @@ def resolve(argv=None, description=None):
     # a run that goes on has recorded every knob there was; what has come since stays at its default
     preset = {**ALIGNMENTS[align], **({} if saved else method.TRAINING), "align": align}
     kinds = {f.name: f for f in (*fields(Run), *fields(method.Config)) if f.name not in (*FOUND, "network")}
+    if saved.get("method") == method.name:
+        refuse_gone(out, saved, (checkpoint or saved).get("config"), {*kinds, "network", *FOUND, *FACTS})
     saved = {k: None if v == "none" and takes_none(kinds[k]) else v for k, v in saved.items() if k in kinds}
     saved = {k: v for k, v in saved.items() if v is not None or takes_none(kinds[k])}  # older runs wrote None for unset
     merged = {**preset, **demo, **saved, **given, "method": method.name, "out": str(out)}
@@ -124,11 +133,29 @@ def resolve(argv=None, description=None):
         run.vae = None
     settle_vae(run)
     check(run, method)
+    settle_scale(run, given, checkpoint)
     if checkpoint and checkpoint["step"] >= run.steps:
         raise ValueError(f"{out} is at step {checkpoint['step']} already, and --steps is {run.steps}: nothing to do")
     if checkpoint and run.ema2 is not None and "ema2" not in checkpoint:
         raise ValueError(f"{out} was started without a second average: leave --ema2 out")
     return run, method, checkpoint
+
+
+def settle_scale(run, given, checkpoint):
+    """Which scale of the latents, where the flags leave it open; ValueError where they do not fit together."""
+    if run.vae is None:
+        if "latent_scale" in given:
+            raise ValueError("--latent-scale goes with a --vae, and with images from 128 px up")
+        run.latent_scale = ""
+        return
+    run.latent_scale = run.latent_scale or ("set" if run.latents else "vae")
+    if checkpoint and run.latent_scale == checkpoint["settings"]["latent_scale"]:
+        return  # its numbers lie in the checkpoint
+    if run.latent_scale == "set" and not run.latents:
+        why = "write a cache with python -m inputs.latents, and name it with --latents"
+        raise ValueError(f"--latent-scale set takes the mean and standard deviation of a set of latents: {why}")
+    if run.latent_scale not in ("set", "vae") and not Path(run.latent_scale).is_file():
+        raise FileNotFoundError(f"--latent-scale is set, vae or a stats file, and {run.latent_scale} is none of them")
 
 
 def parser_of(method, model, description):
@@ -155,14 +182,35 @@ def saved_settings(out):
         raise FileNotFoundError(f"--resume: {out} does not exist; name the run with --out, or leave --resume out")
     if (out / "last.pt").exists() or any(out.glob("step-*.pt")):  # a lost last.pt is no reason to start anew
         checkpoint = read_last(out)
-        return checkpoint["settings"], checkpoint
+        return todays(checkpoint["settings"]), checkpoint
     if not (out / "config.json").exists():
         raise FileNotFoundError(f"--resume: {out} holds no run of train.py (neither last.pt nor config.json)")
     try:
-        return dict(json.loads((out / "config.json").read_text())), None
+        return todays(dict(json.loads((out / "config.json").read_text()))), None
     except (ValueError, TypeError) as e:
         why = f"{out}/config.json is damaged ({one_line(e)}), and there is no checkpoint: delete {out}"
         raise ValueError(why) from e
+
+
+def todays(settings):
+    """The saved settings, with what earlier versions had in the place of --latent-scale under its name."""
+    stats = settings.pop("latent_stats", None)
+    if settings.get("vae") not in (None, "none"):
+        settings.setdefault("latent_scale", stats or "vae")
+    settings.setdefault("latent_scale", "")
+    return settings
+
+
+def refuse_gone(out, saved, config, known):
+    """ValueError where a run was started with settings that are not there any more, unless they were off."""
+    saved = {**saved, **(config if isinstance(config, dict) else {})}
+    saved = {k: v for k, v in saved.items() if not k.startswith("parameters_")}
+    gone = {k: v for k, v in saved.items() if k not in known and v not in (None, False, "")}
+    if gone:
+        raise ValueError(
+            f"{out} was started with {listed(gone)}, of which this version knows nothing: go on with the version that"
+            f" {out}/config.json names, or start another --out with --init {out}/last.pt"
+        )
 
 
 def check(run, method):
@@ -184,6 +232,8 @@ def check(run, method):
     for name, choices in dict(precision=("auto", "bf16", "fp32"), lr_schedule=("constant", "cosine")).items():
         if getattr(run, name) not in choices:
             raise ValueError(f"--{name.replace('_', '-')} is {' or '.join(choices)}, not {getattr(run, name)}")
+    if run.released and not run.init:
+        raise ValueError("--released says whose file --init is: name that, or leave --released out")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if run.batch_size % (world * run.accumulate):
         raise ValueError(

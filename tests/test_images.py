@@ -1,14 +1,16 @@
 """inputs/images.py: whatever people call an image becomes the upright RGB crop that the model sees."""
 
+import struct
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from inputs.images import ImageSet, to_rgb
+from inputs import images
+from inputs.images import BrokenImage, ImageSet, to_rgb
 
 
 def test_images_of_every_kind(tmp_path):
@@ -49,3 +51,62 @@ def test_images_of_every_kind(tmp_path):
         z.writestr("__MACOSX/a/._gray.jpg", b"resource fork")
     zipped = ImageSet(tmp_path / "all.zip", 16, progress=False)
     assert zipped.classes == data.classes and torch.equal(zipped[np.arange(7)][0], images)
+
+
+def broken_set(root):
+    """Two classes of which three files are broken: c/2, c/3 and d/9, the last of all."""
+    for i, name in enumerate(("c/1", "c/2", "c/3", "d/1", "d/2", "d/9")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, i, i)).save(root / f"{name}.png")
+    (root / "c/2.png").write_bytes((root / "c/2.png").read_bytes()[:45])
+    (root / "c/3.png").write_bytes(b"")
+    (root / "d/9.png").write_text("not an image")
+    return root
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_next_image_stands_in_for_a_broken_one(tmp_path, monkeypatch, at_once):
+    root = broken_set(tmp_path / "data")
+    if not at_once:  # as of large sets, whose files are opened when their turn comes
+        monkeypatch.setattr(images, "IN_MEMORY", 0)
+        monkeypatch.setattr(images, "CHECK_ALL", 0)
+    data = ImageSet(root, 8, skip_broken=True, progress=False)
+    assert len(data) == 6 and data.classes == ["c", "d"]  # a resumed run counts as many
+    batch = data[np.array([0, 1, 2, 5, 3])]
+    assert batch.images[:, 0, 0, 0].tolist() == [0, 3, 3, 0, 3] and batch.labels.tolist() == [0, 1, 1, 0, 1]
+    assert batch.replaced == 3 and len(data.broken) == (3 if at_once else 0)
+    with pytest.raises(BrokenImage, match="c/2.png cannot be decoded.*2 more.*--skip-broken" if at_once else "c/2.png"):
+        ImageSet(root, 8, progress=False)[np.array([1])]
+    for file in root.rglob("*.png"):
+        file.write_text("not an image")
+    monkeypatch.setattr(images, "NEIGHBOURS", 4)
+    with pytest.raises(ValueError, match="none of the 6 images|c/1.png and the 3 images after it cannot be decoded"):
+        ImageSet(root, 8, skip_broken=True, progress=False)[np.array([0])]
+
+
+def test_a_good_image_is_read_whatever_its_exif(tmp_path):
+    # orientation 6, and a resolution of -1/0 that cannot be written back
+    entries = struct.pack("<HHHII", 2, 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x011A, 10, 1, 38) + bytes(4)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + struct.pack("<ii", -1, 0)
+    turned = Image.new("RGB", (32, 16), "black")
+    turned.paste("white", (0, 0, 16, 16))
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    with Image.open(tmp_path / "turned.jpg") as image:
+        upright = to_rgb(image)
+    assert upright.size == (16, 32) and upright.getpixel((8, 4)) > (200, 200, 200) > upright.getpixel((8, 28))
+    turned.save(tmp_path / "damaged.webp", exif=b"Exif\0\0XX*\0" + bytes(20))
+    with Image.open(tmp_path / "damaged.webp") as image:
+        assert to_rgb(image).size == (32, 16)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned.save(tmp_path / "x.png", exif=exif)
+        with Image.open(tmp_path / "x.png") as image:
+            assert np.array_equal(to_rgb(image), ImageOps.exif_transpose(image))
+
+
+def test_a_very_large_photograph_is_read_with_a_word(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    Image.new("1", (14_000, 13_000), 1).save(tmp_path / "a/large.png")  # 182 million pixels: an attack, to Pillow
+    data = ImageSet(tmp_path, 8, progress=False)
+    assert data[[0]].images.min() == 255 and "large.png has 182 million pixels" in capsys.readouterr().err

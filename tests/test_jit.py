@@ -148,13 +148,13 @@ def test_sampler_is_the_papers_loop(interval, heun):
         assert model.sizes == evaluations
 
 
-@pytest.mark.parametrize("ema,kind", [(True, "conv"), (False, "mlp"), (True, None)])
+@pytest.mark.parametrize("ema,kind", [(True, "conv"), (False, "mlp"), (True, None), (2, "conv")])
 def test_released_checkpoints_load_strictly(tmp_path, capsys, ema, kind):
     state = jit_model(projector=kind, noise_scale=2.0).state_dict()
     args = argparse.Namespace(model="JiT-B/16", P_mean=-0.4, noise_scale=2.0, encoder_depth=2)
     other = {f"net.{k}": torch.zeros_like(v) for k, v in state.items()}
     file = dict(model=other, model_ema1=other, model_ema2=other, optimizer={}, epoch=3, args=args)
-    file["model_ema1" if ema else "model"] = {f"net.{k}": v for k, v in state.items()}
+    file[["model", "model_ema1", "model_ema2"][ema]] = {f"net.{k}": v for k, v in state.items()}
     torch.save(file, tmp_path / "jit.pth")
     model, config = load_checkpoint(tmp_path / "jit.pth", ema=ema, in_context_start=2)
     assert same_weights(model.state_dict(), state)
@@ -169,7 +169,7 @@ def test_released_checkpoints_load_strictly(tmp_path, capsys, ema, kind):
     with pytest.raises(ValueError, match="missing blocks.1.mlp.w12.bias"):
         load_checkpoint(tmp_path / "bare.pth")
     flags = ["--ckpt", tmp_path / "jit.pth", "--steps", 2, "--num", 2, "--labels", 3]
-    run_sample(*flags, "--npz", tmp_path / "s.npz", *([] if ema else ["--no-ema"]))
+    run_sample(*flags, "--npz", tmp_path / "s.npz", *[["--no-ema"], [], ["--ema", 2]][ema])
     record = json.loads((tmp_path / "s.json").read_text())
     assert record["sampler"] == "heun" and record["ema"] == ema
     error = refused(capsys, run_sample, *flags, "--npz", tmp_path / "t.npz", "--sampler", "sde")

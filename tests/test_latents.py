@@ -1,4 +1,4 @@
-"""inputs/latents.py: the pair of encoder and decoder, the cache of latents, and training on both."""
+"""inputs/latents.py: the cache of latents, their scale, and training on both."""
 
 import json
 import shutil
@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from inputs import latents
+from inputs import vae as vaes
 from inputs.images import ImageSet
-from test_irepa import normal
 from tests.common import HERE, RUN, refused, rows_of, run, run_sample, same_weights, toy_vae, weights
 from tests.processes import call
 
@@ -20,35 +19,6 @@ LATENT = [*RUN, "--model", "SiT-S/2", "--vae-precision", "fp32"]
 
 def write(*flags):
     latents.main([str(flag) for flag in flags])
-
-
-def test_the_pair_of_encoder_and_decoder(vae, tmp_path):
-    network, spec = latents.load_vae(str(vae))
-    assert (spec["factor"], spec["channels"], spec["scale"], spec["bias"]) == (2, 4, [0.18215] * 4, [0.0] * 4)
-    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    moments = latents.encode(network, images)
-    posterior = network.encode(images / 127.5 - 1).latent_dist
-    mean, std = moments.chunk(2, dim=1)
-    torch.testing.assert_close(mean, posterior.mean)
-    torch.testing.assert_close(std, (posterior.logvar / 2).exp())  # the deviation, not its logarithm
-    noise = normal(0, *mean.shape)
-    torch.testing.assert_close(latents.to_latent(moments, noise, spec), (mean + std * noise) * 0.18215)
-    scale, bias = torch.tensor([1.0, 2, 3, 4]), torch.tensor([0.1, 0.2, 0.3, 0.4])
-    torch.save(dict(latents_scale=scale.view(1, 4, 1, 1), latents_bias=bias.view(1, 4, 1, 1)), tmp_path / "stats.pt")
-    network, stats = latents.load_vae(str(vae), stats=tmp_path / "stats.pt")
-    z = latents.to_latent(moments, 0 * noise, stats)
-    torch.testing.assert_close(z, (mean - bias.view(4, 1, 1)) * scale.view(4, 1, 1))
-    torch.testing.assert_close(latents.decode(network, z, stats), network.decode(mean).sample, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="latents with scale|holds latents of local with scale"):
-        latents.same_spec(spec, stats, "here")
-    file = toy_vae(tmp_path / "lacking", 0) / "diffusion_pytorch_model.safetensors"
-    state = load_file(file)
-    save_file({k: v for k, v in state.items() if k != "quant_conv.bias"}, file)
-    with pytest.raises(ValueError, match="lacks 1 tensors, such as quant_conv.bias"):  # and is not left random
-        latents.load_vae(str(tmp_path / "lacking"))
-    torch.save(dict(latents_scale=scale), tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="bad.pt is no file of .* 'latents_bias' is missing"):
-        latents.read_stats(tmp_path / "bad.pt", 4)
 
 
 def test_a_cache_is_written_whole_resumed_and_refused(photos, vae, tmp_path, monkeypatch, capsys):
@@ -60,11 +30,14 @@ def test_a_cache_is_written_whole_resumed_and_refused(photos, vae, tmp_path, mon
     before = [np.load(shard) for shard in shards]
     assert [b.shape for b in before] == [(16, 8, 8, 8), (8, 8, 8, 8)] and before[0].dtype == np.float16
     data = ImageSet(photos, 16, progress=False)
-    moments = latents.encode(latents.load_vae(str(vae))[0], data[np.arange(16, 24)][0])
+    moments = vaes.encode(vaes.load_vae(str(vae))[0], data[np.arange(16, 24)][0])
     torch.testing.assert_close(torch.from_numpy(before[1]).float(), moments, rtol=2e-3, atol=2e-3)
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["count"] == 24 and manifest["classes"] == ["cats", "dogs"] and manifest["spec"]["factor"] == 2
     assert json.loads((out / "files.json").read_text()) == data.files and np.load(out / "labels.npy").sum() == 12
+    mean, std = np.split(np.concatenate(before).astype(np.float64), 2, axis=1)
+    np.testing.assert_allclose(manifest["mean"], mean.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(manifest["std"], np.sqrt((std**2).mean((0, 2, 3)) + mean.var((0, 2, 3))), rtol=1e-12)
 
     encoded, encode = [], latents.encode
     monkeypatch.setattr(latents, "encode", lambda v, images: encoded.append(len(images)) or encode(v, images))
@@ -74,6 +47,7 @@ def test_a_cache_is_written_whole_resumed_and_refused(photos, vae, tmp_path, mon
     assert "moments-00001.npy is not there" in refused(capsys, run, *cached)
     write(*flags, out)
     assert sum(encoded) == 8 and all(np.array_equal(np.load(s), b) for s, b in zip(shards, before))
+    assert json.loads((out / "manifest.json").read_text()) == manifest  # mean and std to the bit
 
     other = toy_vae(tmp_path / "other", 1)
     changed = shutil.copytree(photos, tmp_path / "changed")
@@ -97,7 +71,6 @@ def test_a_cache_is_written_whole_resumed_and_refused(photos, vae, tmp_path, mon
     "flags,message",
     [
         ("--image-size 12", "name a folder with --out, and a --vae, or images from 128 px up"),
-        ("--image-size 12 --latent-stats stats.pt", "--latent-stats goes with a --vae"),
         ("--image-size 12 --vae nowhere", "neither a file or folder"),
         ("--vae-precision fp16", "--vae-precision is fp32 or bf16, not fp16"),
         ("--device tpu9", "cannot be used"),
@@ -108,13 +81,109 @@ def test_a_mistake_in_a_cache_is_one_sentence_and_exit_2(photos, tmp_path, capsy
     assert not (tmp_path / "cache").exists()
 
 
-def test_training_on_latents(photos, vae, tmp_path, capsys):
-    cache = tmp_path / "cache"
-    common = ["--data", photos, "--vae", vae]
-    flags = [*common, "--image-size", 16, "--device", "cpu", "--out", cache]
-    codes, said = call(HERE, tmp_path, "inputs.latents", *flags, world=2)
+def manifest_of(cache):
+    return json.loads((cache / "manifest.json").read_text())
+
+
+def latent_of(out):
+    return torch.load(out / "last.pt", weights_only=True)["latent"]
+
+
+@pytest.fixture(scope="module")
+def cache(photos, vae, tmp_path_factory):
+    """Of the photographs at 16 px, written by two processes."""
+    folder = tmp_path_factory.mktemp("latents")
+    flags = ["--data", photos, "--vae", vae, "--image-size", 16, "--device", "cpu", "--out", folder / "cache"]
+    codes, said = call(HERE, folder, "inputs.latents", *flags, world=2)
     assert codes == [0, 0], said[-3000:]
-    flags = [*LATENT, *common, "--sample-every", 0]
+    return folder / "cache"
+
+
+def test_a_caches_mean_and_std_do_not_depend_on_how_it_was_written(photos, vae, cache, tmp_path, monkeypatch, capsys):
+    flags = ["--data", photos, "--vae", vae, "--image-size", 16, "--device", "cpu", "--out", tmp_path / "one"]
+    write(*flags)
+    assert manifest_of(tmp_path / "one") == manifest_of(cache)
+    old = {key: value for key, value in manifest_of(cache).items() if key not in ("mean", "std")}
+    old["spec"] = {**old["spec"], "scale": [0.18215] * 4, "bias": [0.0] * 4}  # as earlier versions wrote it
+    (tmp_path / "one/manifest.json").write_text(json.dumps(old))
+    cached = [*LATENT, "--data", photos, "--vae", vae, "--latents", tmp_path / "one", "--sample-every", 0, "--out"]
+    error = refused(capsys, run, *cached, tmp_path / "run")
+    assert "holds no mean and standard deviation of its latents: run python -m inputs.latents again" in error
+    run(*cached, tmp_path / "run", "--steps", 1, "--latent-scale", "vae")
+    monkeypatch.setattr(latents, "encode", None)
+    write(*flags)
+    assert manifest_of(tmp_path / "one") == {**old, **{key: manifest_of(cache)[key] for key in ("mean", "std")}}
+    run(*cached, tmp_path / "again", "--steps", 1)
+    (tmp_path / "one/manifest.json").write_text(json.dumps({**old, "mean": [0, 0], "std": [1, 1]}))
+    assert "its mean and std are not a number for each channel" in refused(capsys, run, *cached, tmp_path / "x")
+
+
+def test_the_scale_of_latents(photos, vae, cache, tmp_path, capsys):
+    def scaled(name, *flags):
+        capsys.readouterr()
+        flags = ["--data", photos, "--vae", vae, *flags]
+        run(*LATENT, *flags, "--sample-every", 0, "--out", tmp_path / name)
+        return capsys.readouterr().out.splitlines()[1], latent_of(tmp_path / name)
+
+    cached = ["--latents", cache]
+    for method in ("irepa", "sit"):
+        said, spec = scaled(method, *cached, "--method", method)
+        assert "mean 0 and variance 1 in each channel, over its 24 images, as in the iREPA release" in said
+        assert "--latent-scale vae" in said
+        assert spec["bias"] == manifest_of(cache)["mean"]
+        np.testing.assert_allclose(spec["scale"], 1 / np.array(manifest_of(cache)["std"]), rtol=1e-15)
+    data = latents.Cached(ImageSet(photos, 16, progress=False), cache, images=False)
+    moments = data[np.arange(24)].moments.repeat(20, 1, 1, 1)
+    z = vaes.to_latent(moments, torch.randn(480, 4, 8, 8, generator=torch.Generator().manual_seed(0)), spec)
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), rtol=0.02, atol=0)
+
+    said, spec = scaled("own", *cached, "--latent-scale", "vae")
+    assert "the VAE's own scale, as in SiT and REPA (scale 0.18215, bias 0)" in said and said.endswith("set)")
+    assert spec["scale"] == [0.18215] * 4
+    said, spec = scaled("loop")
+    assert said.endswith("(--latent-scale set, which takes a cache: python -m inputs.latents, then --latents)")
+    assert spec["scale"] == [0.18215] * 4
+    stats = dict(latents_scale=torch.arange(1.0, 5).view(1, 4, 1, 1), latents_bias=torch.full((1, 4, 1, 1), 0.5))
+    torch.save(stats, tmp_path / "stats.pt")
+    said, spec = scaled("file", *cached, "--latent-scale", tmp_path / "stats.pt")
+    assert "stats.pt scales each channel (scale 1 2 3 4, bias 0.5)" in said
+    assert (spec["scale"], spec["bias"]) == ([1.0, 2, 3, 4], [0.5] * 4)
+    for flags, message in (
+        (["--latent-scale", "set"], "write a cache with python -m inputs.latents, and name it with --latents"),
+        (["--latent-scale", "sets", *cached], "--latent-scale is set, vae or a stats file, and sets is none of them"),
+        (["--latent-scale", "vae", "--vae", "none"], "--latent-scale goes with a --vae"),
+    ):
+        assert message in refused(capsys, run, *LATENT, "--data", photos, "--vae", vae, *flags, "--out", tmp_path / "x")
+
+
+def test_a_resumed_run_keeps_the_scale_of_its_checkpoint(photos, vae, cache, tmp_path, capsys):
+    flags = [*LATENT, "--data", photos, "--vae", vae, "--latents", cache, "--sample-every", 0]
+    run(*flags, "--out", tmp_path / "whole")
+    run(*flags, "--out", tmp_path / "stopped", "--steps", 3)
+    resume = ["--resume", "--out", tmp_path / "stopped", "--steps", 4]
+    error = refused(capsys, run, *resume, "--latent-scale", "vae")
+    assert "holds latents of local with scale" in error and "asked for is local with scale [0.18215" in error
+    other = shutil.copytree(cache, tmp_path / "other")  # its numbers would now be others
+    (other / "manifest.json").write_text(json.dumps({**manifest_of(cache), "mean": [1.0] * 4}))
+    run(*resume, "--latents", other, "--latent-scale", "set")
+    assert "as at the start" in capsys.readouterr().out
+    assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+
+    old = torch.load(tmp_path / "stopped/last.pt", weights_only=True)  # of a version without the setting
+    del old["settings"]["latent_scale"]
+    old["settings"]["latent_stats"] = None
+    old["latent"].update(scale=[0.18215] * 4, bias=[0.0] * 4)
+    torch.save(old, tmp_path / "stopped/last.pt")
+    resume = ["--resume", "--out", tmp_path / "stopped", "--steps"]
+    assert "holds latents of local with scale" in refused(capsys, run, *resume, 5, "--latent-scale", "set")
+    run(*resume, 5)
+    run(*resume, 6, "--latent-scale", "vae")
+    assert latent_of(tmp_path / "stopped") == old["latent"]
+
+
+def test_training_on_latents(photos, vae, cache, tmp_path, capsys):
+    flags = [*LATENT, "--data", photos, "--vae", vae, "--latent-scale", "vae", "--sample-every", 0]
     run(*flags, "--out", tmp_path / "loop")  # the VAE in every step
     run(*flags, "--latents", cache, "--out", tmp_path / "cached", "--workers", 2)
     run(*flags, "--latents", cache, "--out", tmp_path / "stopped", "--steps", 3)

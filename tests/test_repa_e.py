@@ -13,7 +13,7 @@ from PIL import Image
 import irepa
 import sample
 import train
-from inputs.latents import load_vae, per_channel
+from inputs.vae import load_vae, per_channel
 from irepa import Sampling, alignment_loss, interpolate, spatial_norm
 from plumbing.checkpoints import load_checkpoint
 from plumbing.jobs import open_job
@@ -336,7 +336,7 @@ def test_a_run_overfits(tmp_path, monkeypatch):
         ("--vae none", "trains a VAE"),
         ("--accumulate 2", "leave --accumulate out"),
         ("--image-size 16", "takes 24 px"),
-        ("--latent-stats x.pt", "leave --latent-stats out"),
+        ("--latent-scale x.pt", "leave --latent-scale out"),
         ("--latents x", "leave --latents out"),
         ("--vae-precision bf16", "leave --vae-precision out"),
         ("--lpips nowhere.pth", "nowhere.pth: there is no such file: fetch https"),

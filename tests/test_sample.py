@@ -2,6 +2,7 @@
 
 import json
 import os
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from PIL import Image
 
 import irepa
 import sample
+from inputs.shapes import Shapes
 from irepa import Config, Sampling, SiT
 from plumbing.records import to_uint8
 from test_irepa import TINY, fill, strong
-from tests.common import refused, rows_of, run, run_sample
+from tests.common import RUN, refused, rows_of, run, run_sample
 
 
 def test_what_samplers_are_made_of_is_irepas():
@@ -78,6 +80,29 @@ def test_demo_then_sample(tmp_path, capsys):
     assert asdict(sample.load_checkpoint(out / "last.pt")[1]) == config["config"]
 
 
+def test_one_class_trains_and_samples_and_guidance_has_nothing_to_guide(tmp_path, monkeypatch, capsys):
+    class OneClass(Shapes):
+        classes = ["all"]
+
+    monkeypatch.setattr("plumbing.jobs.Shapes", OneClass)
+    out, said = tmp_path / "run", "guidance has nothing to guide"
+    run(*RUN, "--demo", "--out", out, "--sample-every", 4, "--sample-cfg", 2)
+    assert capsys.readouterr().out.count(said) == 1 and (out / "samples/step-0000004.png").exists()
+    assert json.loads((out / "config.json").read_text())["sample_cfg"] == 1.0
+    model, config = sample.load_checkpoint(out / "last.pt")
+    assert config.num_classes == 1 and rows_of(out)[-1]["loss"] > 0
+    flags = ["--ckpt", out / "last.pt", "--sampler", "euler", "--steps", 2, "--num", 3, "--npz"]
+    run_sample(*flags, tmp_path / "plain.npz")
+    assert said not in capsys.readouterr().out
+    run_sample(*flags, tmp_path / "guided.npz", "--cfg", 3)
+    assert capsys.readouterr().out.count(said) == 1
+    a, b = (np.load(tmp_path / f"{name}.npz") for name in ("plain", "guided"))
+    assert np.array_equal(a["arr_0"], b["arr_0"]) and a["labels"].tolist() == [0, 0, 0]
+    assert json.loads((tmp_path / "guided.json").read_text())["cfg"] == 1.0
+    run("--resume", "--out", out, "--steps", 5)
+    run_sample("--ckpt", out / "last.pt", "--steps", 2)  # a grid
+
+
 def test_sampling_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     model = fill(SiT(Config(**{**TINY, "in_channels": 3})), strong)
     torch.save(dict(ema=model.state_dict(), config=asdict(model.config)), tmp_path / "m.pt")
@@ -108,3 +133,37 @@ def test_sampling_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(calls) == 6 and not (tmp_path / "s.npz.parts").exists()
     for key in ("arr_0", "labels"):
         assert np.array_equal(np.load(tmp_path / "s.npz")[key], np.load(tmp_path / "whole.npz")[key])
+
+
+def test_a_released_irepa_checkpoint_asks_for_its_scale(vae, tmp_path, capsys):
+    model = fill(SiT(Config(**{**TINY, "projector": "mlp"})), strong)
+    state = model.state_dict()
+    bare = {key: value for key, value in state.items() if not key.startswith("projectors.")}
+    files = dict(
+        irepa=dict(ema=state, steps=400_000),
+        wrapped=dict(ema={f"module.{key}": value for key, value in state.items()}),
+        eval=dict(ema=bare, args=Namespace(zscore_alpha=0.6, path_type="linear")),
+        norm=dict(ema=bare, args=Namespace(spnorm_method="zscore", path_type="linear")),
+        repa=dict(ema={key.replace("projection_layer.", ""): value for key, value in state.items()}),
+    )
+    for name, file in files.items():
+        torch.save(file, tmp_path / f"{name}.pt")
+    scale, bias = [1.0, 2.0, 3.0, 4.0], [0.1, 0.2, 0.3, 0.5]
+    torch.save(dict(latents_scale=torch.tensor(scale), latents_bias=torch.tensor(bias)), tmp_path / "stats.pt")
+
+    def scale_of(name, *flags):
+        out = tmp_path / f"{name}{len(flags)}.npz"
+        few = ["--steps", 2, "--num", 2, "--vae", vae, "--npz", out]
+        run_sample("--ckpt", tmp_path / f"{name}.pt", *few, *flags)
+        latent = json.loads(out.with_suffix(".json").read_text())["latent"]
+        return latent["scale"][0], latent["bias"][3]
+
+    for name in ("irepa", "wrapped", "eval", "norm"):
+        error = refused(capsys, scale_of, name)
+        assert f"{name}.pt is of the iREPA release" in error and "--latent-scale" in error
+        assert "fetch pretrained_models/sdvae-ft-mse-f8d4-latents-stats.pt from its iREPA-collections" in error
+    assert scale_of("irepa", "--latent-scale", tmp_path / "stats.pt") == (1.0, 0.5)
+    assert scale_of("eval", "--latent-scale", "vae", "--seed", 1) == (0.18215, 0.0)
+    assert scale_of("repa") == (0.18215, 0.0)
+    error = refused(capsys, scale_of, "repa", "--latent-scale", "set")
+    assert "--latent-scale set: there is no such file of latents_scale and latents_bias" in error

@@ -20,6 +20,7 @@ import torch
 
 import sample
 import train
+from inputs import images
 from inputs.images import ImageSet
 from irepa import Sampling
 from plumbing import records
@@ -111,7 +112,7 @@ def test_flips_depend_on_seed_and_step_and_teacher_and_network_see_the_same(phot
 
     def seen(start=0, ranks=Ranks(), **changes):
         changed = job._replace(run=replace(job.run, **changes))
-        return [(part, images) for part, images, _, _ in train.feed(changed, indices, start, ranks)]
+        return [(part, images) for (part, images, _, _), _ in train.feed(changed, indices, start, ranks)]
 
     def flips_of(seed):
         flips = []
@@ -140,7 +141,7 @@ def test_flips_depend_on_seed_and_step_and_teacher_and_network_see_the_same(phot
 
     watched = job._replace(teacher=teacher, method=replace(job.method, loss=loss))
     learner = train.Learner(watched, Ranks(), indices)
-    learner.gradients(0, [next(train.feed(job, indices, 0, Ranks()))])
+    learner.gradients(0, train.fetch(train.feed(job, indices, 0, Ranks()), 1)[0])
     assert torch.equal(*shown) and torch.equal(shown[0], whole[0][1].float() / 127.5 - 1)
 
 
@@ -196,6 +197,35 @@ def test_a_non_finite_step_is_not_applied(photos, tmp_path, monkeypatch, capsys,
     assert all(torch.isfinite(v).all() for w in ("model", "ema") for v in state[w].values())
 
 
+def test_a_broken_image_saves_the_run_and_another_stands_in(tmp_path, monkeypatch, capsys):
+    data = black_and_white(tmp_path / "data", 20, 16)
+    monkeypatch.setattr(images, "IN_MEMORY", 0)  # as of large sets, whose files are opened when their turn comes
+    monkeypatch.setattr(images, "CHECK_ALL", 0)
+    flags = [*RUN, "--data", data, "--steps", 6, "--ckpt-every", 100, "--sample-every", 0, "--workers"]
+    seen = list(train.batches(train.split(40)[0], settings("--batch-size", "8", "--steps", "6"), 0, 0, 1))
+    late = next(i for i in seen[3] if all(i not in batch for batch in seen[:3]))
+    file = data / ImageSet(data, 16, progress=False).files[late]
+    file.write_bytes(file.read_bytes()[:45])
+    for workers in (0, 2):
+        out = tmp_path / f"{workers}"
+        message = refused(capsys, run, *flags, workers, "--out", out)
+        assert f"{file} cannot be decoded" in message and "step 3 is saved" in message
+        assert "let another stand in: --skip-broken" in message and f"--resume --out {out} goes on" in message
+        assert torch.load(out / "last.pt", weights_only=True)["step"] == 3
+        assert "step 3 is saved" in refused(capsys, run, "--resume", "--out", out)
+        run("--resume", "--skip-broken", "--out", out)
+        assert sum(row["replaced"] for row in rows_of(out)) == sum(late in batch for batch in seen)
+    run(*flags, 0, "--skip-broken", "--out", tmp_path / "straight")
+    assert same_weights(weights(tmp_path / "straight"), weights(tmp_path / "0"))
+    assert same_weights(weights(tmp_path / "straight"), weights(tmp_path / "2"))
+    (tmp_path / "lazy.py").write_text(
+        f"import sys\nsys.path.append({str(HERE)!r})\nimport train\nfrom inputs import images\n"
+        "images.IN_MEMORY = images.CHECK_ALL = 0\nmain = train.main\n"
+    )
+    codes, said = call(tmp_path, tmp_path, "lazy", *flags, 0, "--out", tmp_path / "two", world=2)
+    assert sorted(codes) == [2, 75] and "step 3 is saved" in said and "Traceback" not in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_exits_75(photos, tmp_path, monkeypatch, capsys, number):
     flags = [*RUN, "--data", photos, "--workers", 2, "--accumulate", 8, "--ckpt-every", 100, "--sample-every", 0]
@@ -210,7 +240,7 @@ def test_a_signal_ends_the_step_saves_and_exits_75(photos, tmp_path, monkeypatch
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
         run(*flags, "--out", tmp_path / "stopped")
-    assert stop.value.code == 75 and "after step 2" in capsys.readouterr().out
+    assert stop.value.code == 75 and "step 2 is saved" in capsys.readouterr().out
     assert signal.getsignal(number) == before and torch.load(tmp_path / "stopped/last.pt")["step"] == 2
     run("--resume", "--out", tmp_path / "stopped")
     assert same_weights(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
@@ -228,7 +258,7 @@ def test_all_ranks_stop_after_the_same_step(photos, tmp_path):
     )
     flags = ["--data", photos, "--steps", 200, "--log-every", 200, "--ckpt-every", 200, "--out", tmp_path / "run"]
     codes, said = call(tmp_path, tmp_path, "signalled", *RUN, *flags, world=2)
-    assert codes == [75, 75] and said.count("stopped by a signal after step 3") == 1
+    assert codes == [75, 75] and said.count("stopped: step 3 is saved") == 1
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 3
     script.write_text(script.read_text().replace("signal.SIGTERM", "signal.SIGKILL"))
     codes, said = call(tmp_path, tmp_path, "signalled", "--resume", "--out", tmp_path / "run", world=2)

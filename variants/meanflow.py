@@ -47,6 +47,7 @@ warnings.filterwarnings("ignore", ".*torch.jit.script. is deprecated")
 # what it changes in train.py, in training and in --demo
 TRAINING = dict(model="SiT-B/2", beta2=0.95)
 DEMO = dict(omega=2.0, kappa=0.0, sample_cfg=1.0, out="runs/meanflow-demo")
+LATENT_SCALE = 0.18125  # of the latents of the public PyTorch code, not 0.18215
 
 
 @dataclass
@@ -195,6 +196,23 @@ def solve(model, y, noise, generators, how):
         t_r = torch.tensor([[t], [r]], dtype=dtype, device=x.device).expand(2, len(x))
         x = x - (t - r) * model(x.to(dtype), t_r[0], y, t_r[1])[0].to(x.dtype)
     return x.to(noise.dtype)
+
+
+def released(weights, args=None):
+    """The Config fields of the public PyTorch code's files (zhuyu-cs/MeanFlow), which its args name; None for others.
+
+    Its network is this one: time from data (0) to noise (1), not multiplied, and r_embedder fed t - r.
+    """
+    if "r_embedder.mlp.0.weight" not in weights:
+        old = hasattr(args, "ratio_r_not_equal_t")
+        check(not old, "it is of MeanFlow code before r_embedder, whose one time embedder took t and t - r: not read")
+        return None
+    names = dict(share="ratio_r_not_equal_t", time_mean="time_mu", time_std="time_sigma")
+    names.update(omega="cfg_omega", kappa="cfg_kappa")
+    fields = {ours: getattr(args, theirs) for ours, theirs in names.items() if hasattr(args, theirs)}
+    if hasattr(args, "cfg_min_t"):
+        fields["guidance_interval"] = args.cfg_min_t, args.cfg_max_t
+    return fields
 
 
 model, loss = MeanFlow, meanflow_loss

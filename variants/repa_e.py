@@ -26,7 +26,6 @@ random weights, and its batch norm sees the images of one process; all else is t
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,9 +33,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import irepa
-from inputs.latents import Latents
+from inputs.foreign import load_lpips
+from inputs.vae import Latents
 from irepa import draws, interpolate, irepa_loss, stream, training_draws, with_alignment
-from plumbing.files import one_line, read_pt
+from plumbing.files import one_line
 
 # what it changes in train.py's --demo: the tiny VAE is trained from random weights, hence no latents of a file
 DEMO = dict(
@@ -45,7 +45,6 @@ DEMO = dict(
 )  # fmt: skip
 
 L1, LPIPS, KL = 1.0, 1.0, 1e-6  # weights in the VAE's loss, beside --gan-coeff and --vae-proj-coeff
-VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 @dataclass
@@ -110,29 +109,6 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         return self.main(x)
-
-
-def load_lpips(weights, device):
-    """LPIPS on VGG16 (arXiv 1801.03924): (images, images) in [-1, 1] -> [B, 1, 1, 1]; None for "none".
-
-    weights: torchvision's file; the layers on top come with the package. ValueError or OSError where it cannot be had.
-    """
-    if weights == "none":
-        return None
-    hint = f"fetch {VGG16} and name the file after --lpips, or say --lpips none and do without"
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"--lpips {weights}: there is no such file: {hint}")
-    try:
-        import lpips
-    except ImportError as e:
-        raise ValueError(f"--lpips takes the package: pip install lpips, or --lpips none ({e})") from e
-    try:
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        state = read_pt(weights)
-        net.net.load_state_dict({k: state[f"features.{k.split('.', 1)[1]}"] for k in net.net.state_dict()})
-    except Exception as e:  # pickle, key and shape errors have no common class
-        raise ValueError(f"--lpips {weights} does not hold torchvision's VGG16 ({one_line(e)[:200]}): {hint}") from e
-    return net.requires_grad_(False).to(device)
 
 
 # ---- Losses ----
@@ -200,13 +176,26 @@ def set_gradients(loss, net):
 
 
 def latent_spec(model, spec):
-    """The spec (see inputs/latents.py) by which decode() undoes the bn of `model`, exactly: with its eps."""
+    """The spec (see inputs/vae.py) by which decode() undoes the bn of `model`, exactly: with its eps."""
     scale = (model.bn.running_var + model.bn.eps).rsqrt().tolist()
     return {**spec, "vae": "trained with the model", "scale": scale, "bias": model.bn.running_mean.tolist()}
 
 
-def stored_vae(data, model, device):
-    """The Latents of a checkpoint's dict for samples of `model`. ValueError where the VAE is damaged."""
+def released(weights, args=None):
+    """No Config fields beyond irepa.SiT's for a released SiT with bn; None for others."""
+    return {} if "bn.running_mean" in weights and "r_embedder.mlp.0.weight" not in weights else None
+
+
+def stored_vae(data, model, device, given=None):
+    """The Latents for samples of `model`: with the VAE of its checkpoint's dict, or with `given` where that holds none.
+
+    ValueError where neither is there, or the VAE is damaged.
+    """
+    if "vae_config" not in data:
+        irepa.check(given, "the checkpoint holds no VAE: name the one it was trained with after --vae")
+        found, channels = given.spec["channels"], model.config.in_channels
+        irepa.check(found == channels, f"the checkpoint makes {channels} channels, --vae takes {found}")
+        return given._replace(spec=latent_spec(model, given.spec))
     from diffusers import AutoencoderKL
 
     try:
@@ -226,7 +215,7 @@ def check_run(run):
     for fits, why in (
         (run.vae is not None, "trains a VAE: name one with --vae (tiny: a small one with random weights)"),
         (not run.latents, "changes its latents all the time: leave --latents out"),
-        (not run.latent_stats, "measures its latents' statistics: leave --latent-stats out"),
+        (run.latent_scale in ("", "vae"), "measures its latents' statistics: leave --latent-scale out"),
         (run.vae_precision == "fp32", "keeps its VAE's weights in fp32: leave --vae-precision out"),
         (run.accumulate == 1, "normalises whole batches: leave --accumulate out"),
         (run.image_size >= 24, f"has a discriminator that takes 24 px, not {run.image_size}"),
