@@ -126,9 +126,9 @@ def test_flips_depend_on_seed_and_step_and_teacher_and_network_see_the_same(phot
     assert len({str(of_step) for of_step in flips}) == 4
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen(start=2), whole[2:], strict=True))
     ranks = [seen(ranks=Ranks(rank, 2), accumulate=2) for rank in range(2)]
-    for step, (_, images) in enumerate(whole):
+    for step, (_, wanted) in enumerate(whole):
         parts = dict(part for own in ranks for part in own[2 * step : 2 * step + 2])
-        assert torch.equal(torch.cat([parts[i, 4] for i in range(4)]), images)
+        assert torch.equal(torch.cat([parts[i, 4] for i in range(4)]), wanted)
 
     shown = []
 
