@@ -1,14 +1,14 @@
 """FID, sFID, Inception Score, precision and recall as OpenAI's ADM evaluator computes them, in PyTorch.
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz          the numbers that papers report
-    python fid.py runs/demo/pngs photos.zip --json scores.json         any two of: npz, folder, zip, statistics
+    python fid.py runs/demo/pngs photos.zip --image-size 64            any two of: npz, folder, zip, statistics
     python fid.py --save-stats photos-256.npz photos --image-size 256  a reference from one's own images
     torchrun --nproc_per_node=8 fid.py samples.npz reference.npz       each process takes its share of the images
 
-An image set is an .npz with arr_0 (uint8, N x H x W x 3), or a folder or a .zip of images, at any depth. Statistics are
-an .npz with mu, sigma and, for sFID, mu_s, sigma_s, which are used as they are; where such a file also has arr_0, as
-the standard references do, precision and recall come from that. With the real weights, the standard reference
-against admnet_guided_upsampled_imagenet256 gives FID 3.943, sFID 6.140, IS 215.84, precision 0.8265, recall 0.5309.
+An image set is an .npz with arr_0 (uint8, N x H x W x 3), or a folder or a .zip of images, at any depth. Statistics,
+an .npz or torch-fidelity's .pt with mu, sigma and, for sFID, mu_s, sigma_s, are used as they are; where such a file
+also has arr_0, as the standard references do, precision and recall come from that. The standard reference and
+admnet_guided_upsampled_imagenet256 give FID 3.943, sFID 6.140, IS 215.84, precision 0.8265, recall 0.5309.
 """
 
 import argparse
@@ -16,11 +16,14 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
+import sys
 import time
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,13 +32,18 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 HASH = "6726825d"  # how the sha256 of that file begins
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+EXTENSIONS -= set(".bufr .grib .h5 .hdf .mpeg .mpg .emf .wmf".split())  # which Pillow recognises, and cannot decode
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX|@eaDir|#recycle|@Recycle|\$RECYCLE|lost\+found|System Volume)")
+PIXELS = 2 * 89_478_485  # above which Pillow by default takes an image for an attack; other code may lift its limit
+# what turns an image upright, by EXIF's orientation from 2 on
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 
 
 def check(ok, message):
@@ -254,7 +262,7 @@ class Npz:
         good = dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0 and not fortran
         order = " in Fortran order" if fortran else ""
         check(good, f"arr_0 is {dtype} {list(shape)}{order}; images are uint8 [N, H, W, 3] in C order")
-        self.name, self.count, self.size = str(path), shape[0], shape[1:3]
+        self.name, self.crop, self.left_out, self.count, self.size = str(path), None, "", shape[0], shape[1:3]
 
     def batches(self, low, high, batch_size):
         """Images low ... high - 1, as uint8 [B, 3, H, W]. ValueError, with the place, where the file is damaged."""
@@ -279,18 +287,12 @@ class Files:
 
     def __init__(self, path, crop=None):
         self.name, self.path, self.crop, self.zips, self.size = str(path), Path(path), crop, {}, None
-        if self.path.is_file():
-            files = self.zip().namelist()
-        else:
-            files, seen = [], set()
-            for folder, below, names in os.walk(path, followlinks=True):
-                if os.path.realpath(folder) in seen:  # a loop of links
-                    below.clear()
-                    continue
-                seen.add(os.path.realpath(folder))
-                files += [(Path(folder) / name).relative_to(path).as_posix() for name in names]
-        self.files = sorted(f for f in files if f.lower().endswith(EXTENSIONS) and not re.search(r"(^|/)(\.|__MAC)", f))
-        check(self.files, f"it holds no images ({' '.join(EXTENSIONS)})")
+        names = self.zip().namelist() if self.path.is_file() else walk(path)
+        kinds = {name: Path(name).suffix.lower() for name in sorted(names) if not HIDDEN.search(name)}
+        self.files = [name for name, kind in kinds.items() if kind in EXTENSIONS]
+        others = Counter(k or "without extension" for n, k in kinds.items() if k not in EXTENSIONS and n[-1] != "/")
+        self.left_out = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+        check(self.files, f"it holds no images that Pillow opens; there are {self.left_out or 'no files'}")
         self.count, self.size = len(self.files), tuple(self[0].shape[1:])
 
     def zip(self):
@@ -307,12 +309,14 @@ class Files:
         where = f"{self.name}/{self.files[i]}"
         try:
             file = self.zip().open(self.files[i]) if self.path.is_file() else self.path / self.files[i]
-            image = to_rgb(Image.open(file))
+            image = Image.open(file)
+            check(math.prod(image.size) <= PIXELS, f"{math.prod(image.size)} pixels are too many")
+            image = to_rgb(image)
         except Exception as e:  # whatever PIL or zipfile raises, on purpose: the formats' readers raise anything
             raise ValueError(f"{where} cannot be read ({type(e).__name__}: {e})") from e
         pixels = np.array(center_crop(image, self.crop) if self.crop else image)
         found, wanted = ("{1}x{0}".format(*size) for size in (pixels.shape, self.size or pixels.shape))
-        check(found == wanted, f"{where} is {found}, the first {wanted}; --save-stats crops to one --image-size")
+        check(found == wanted, f"{where} is {found}, the first {wanted}; --image-size SIDE crops all to one")
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def batches(self, low, high, batch_size):
@@ -322,9 +326,32 @@ class Files:
         return DataLoader(Subset(self, range(low, high)), batch_size, num_workers=workers)
 
 
+def walk(path):
+    """The files below a folder, links followed, each real folder once. OSError for a folder that cannot be read."""
+
+    def stop(error):
+        raise error
+
+    files, seen = [], set()
+    for folder, below, names in os.walk(path, followlinks=True, onerror=stop):
+        fresh = os.path.realpath(folder) not in seen  # links may lead in a circle
+        below[:] = [name for name in below if fresh and not HIDDEN.search(name)]
+        files += [(Path(folder) / name).relative_to(path).as_posix() for name in names if fresh]
+        seen.add(os.path.realpath(folder))
+    return files
+
+
+def upright(image):
+    """Turned as its EXIF says. ImageOps.exif_transpose also rewrites the EXIF, and fails where it cannot."""
+    turn = None
+    with suppress(SyntaxError):  # PIL's word for an EXIF block whose header is damaged: it says of no turn
+        turn = image.getexif().get(0x0112)
+    return image.transpose(Image.Transpose[TURNS[turn - 2]]) if turn in range(2, 9) else image
+
+
 def to_rgb(image):
     """Upright, transparent parts white, 8 bits a channel. ValueError for images without a fixed range."""
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode[0] in "IF":  # 16 bits: scaled as in training, where PIL would clip
         array = np.asarray(image, np.float64)
         fixed = image.mode != "F" and array.min() >= 0 and array.max() <= 65535
@@ -346,14 +373,26 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+def load_pt(path):
+    """{name: array} of a torch-fidelity cache: a pickle, of which nothing but arrays is read."""
+    make, kinds = np._core.multiarray._reconstruct, (np.dtypes.Float32DType, np.dtypes.Float64DType)
+    safe = [np.ndarray, np.dtype, *kinds, make, (make, "numpy.core.multiarray._reconstruct")]  # numpy 1's name of it
+    try:
+        with torch.serialization.safe_globals(safe):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:  # whose words would advise to run whatever it holds
+        raise ValueError("it holds other things than arrays, or is damaged") from e
+
+
 def open_set(path, crop=None):
     """-> (images or None, statistics, {} if there are none). ValueError, with the file's name, otherwise."""
     check(Path(path).exists(), f"{path} does not exist")
     try:
-        if Path(path).is_dir() or (Path(path).suffix != ".npz" and zipfile.is_zipfile(path)):
+        if Path(path).is_dir() or (Path(path).suffix not in (".npz", ".pt") and zipfile.is_zipfile(path)):
             return Files(path, crop), {}
-        check(zipfile.is_zipfile(path), "it is no folder, zip or npz, or is truncated")
-        with np.load(path, allow_pickle=False) as data:
+        check(zipfile.is_zipfile(path), "it is no folder, zip, npz or pt, or is truncated")
+        pt = Path(path).suffix == ".pt"
+        with nullcontext(load_pt(path)) if pt else np.load(path, allow_pickle=False) as data:
             images = Npz(path) if "arr_0" in data else None
             arrays = dict.fromkeys(("mu", "sigma", "mu_s", "sigma_s"), np.asarray)
             kinds = dict(arrays, n=int, fast=bool, inception=str, size=lambda a: tuple(a.tolist()))
@@ -421,13 +460,16 @@ def score(sides, weight, device):
     return {**values, "Precision": precision, "Recall": recall}
 
 
-def warnings_for(sides, digest, moved):
+def warnings_for(sets, sides, digest, moved):
     """What a reader of the table must know before quoting it."""
     counts = [statistics.get("n") for _, statistics in sides]
     few = "fewer than the 2,048 features: a singular covariance, and a biased FID"
     out = [f"{name}: {n} images, {few}" for name, n in zip(("samples", "reference"), counts) if n and n < 2048]
     if len(sides) == 2 and counts[0] not in (None, 50_000):
         out.append(f"{counts[0]} samples, not 50,000: not comparable with published numbers")
+    out += [f"{images.name}: left out {images.left_out}" for images, _ in sets if images and images.left_out]
+    if any("mu" in statistics and "mu_s" not in statistics for _, statistics in sides):
+        out.append("statistics without mu_s, as torch-fidelity's, compare only with numbers by the same file")
     if digest and not digest.startswith(HASH):
         out.append(f"the Inception weights (sha256 {digest[:8]}) are not the released ones: not comparable")
     if moved is not None:
@@ -437,16 +479,17 @@ def warnings_for(sides, digest, moved):
     return out
 
 
-def report(args, sides, values, settings, warnings):
+def report(args, sets, sides, values, settings, warnings):
     """The table on the screen, and as --json."""
     rows = {metric: value if isinstance(value, str) else f"{value:.4f}" for metric, value in values.items()}
     record = {metric.lower().replace(" ", "_"): value for metric, value in values.items()}
     reasons = {key: value for key, value in record.items() if isinstance(value, str)}
     record.update(dict.fromkeys(reasons), not_available=reasons, settings=settings, warnings=warnings)
-    for name, path, (pool, statistics) in zip(("samples", "reference"), args.images, sides):
-        n, seen = statistics.get("n"), 0 if pool is None else len(pool)
+    for name, path, (images, _), (pool, statistics) in zip(("samples", "reference"), args.images, sets, sides):
+        n, seen, crop = statistics.get("n"), 0 if pool is None else len(pool), images and images.crop
         rows[name] = f"{path}: statistics of {n or 'an unknown number of'} images, {seen} images seen here"
-        record[name] = dict(path=path, n=n, images_seen=seen)
+        rows[name] += f", each centre-cropped to {crop} px" if crop else ""
+        record[name] = dict(path=path, n=n, images_seen=seen, cropped_to=crop)
     rows["settings"] = ", ".join(f"{k} {v}" for k, v in settings.items())
     for name, text in rows.items():
         print(f"{name:<16} {text}")
@@ -460,21 +503,19 @@ def prepare(args):
     save, side, out = args.save_stats, args.image_size, args.save_stats or args.json
     check(args.batch_size > 0, f"--batch-size must be positive, not {args.batch_size}")
     check(len(args.images) == (1 if save else 2), "give SAMPLES and REFERENCE, or --save-stats OUT.npz and one set")
-    check(save or not side, "--image-size goes with --save-stats: scored images stay as they are")
     check(side is None or side > 0, f"--image-size must be positive, not {side}")
     check(not save or save.endswith(".npz"), "the name after --save-stats must end in .npz")
     check(not (save and args.json), "--json is of a score; --save-stats writes none")
     check(not out or not Path(out).exists(), f"{out} exists and is left as it is; choose another name")
     check(not out or Path(out).absolute().parent.is_dir(), f"{out}: there is no such folder")
     sets = [open_set(path, side) for path in args.images]
-    for path, (images, statistics) in zip(args.images, sets):
-        check(images is None or images.count > 1, f"{path} holds one image only: a covariance needs at least two")
-        check(images or not save, f"{path} holds statistics already, and no images")
-        if save:
-            statistics.clear()  # those of the images are asked for
     sizes = [images.size if images else statistics.get("size") for images, statistics in sets]
-    check(not side or sizes[0] == (side, side), f"{args.images[0]}: an npz is not cropped, and is {sizes[0]} px")
-    check(len(set(sizes) - {None}) < 2, f"image sizes differ: {dict(zip(args.images, sizes))}; see --save-stats")
+    for path, size, (images, statistics) in zip(args.images, sizes, sets):
+        check(images is None or images.count > 1, f"{path} holds one image only: a covariance needs at least two")
+        check(not side or size in (None, (side, side)), f"{path} is {size} px; only folders and zips are cropped")
+    check(len(set(sizes) - {None}) < 2, f"image sizes differ: {dict(zip(args.images, sizes))}; see --image-size")
+    if save and "mu" in sets[0][1]:  # those that are there count; of another number of images they would be others
+        sets = [(None, {**sets[0][1], "size": sizes[0]} if sizes[0] else sets[0][1])]
     return sets
 
 
@@ -517,16 +558,18 @@ def evaluate(args, rank, world, local):
             batch = next(images.batches(0, min(args.batch_size, images.count), args.batch_size)).to(device)
             wanted = exact(batch)[0]
             moved = max(moved, ((model(batch)[0] - wanted).abs().mean() / wanted.abs().mean()).item())
-    warnings = warnings_for(sides, digest, moved)
+    warnings = warnings_for(sets, sides, digest, moved)
     if args.save_stats:
-        np.savez(f"{args.save_stats}.part.npz", **sides[0][1], inception=digest, fast=args.fast)
+        made = dict(inception=digest, fast=args.fast) if seen else {}
+        np.savez(f"{args.save_stats}.part.npz", **sides[0][1], **made)
         os.replace(f"{args.save_stats}.part.npz", args.save_stats)
-        print(f"{args.save_stats}: the statistics of {sets[0][0].count} images of {args.images[0]}")
+        what = f"the statistics of {seen[0].count} images of" if seen else "the stored statistics, as they are, of"
+        print(f"{args.save_stats}: {what} {args.images[0]}")
     else:
         settings = dict(network="bfloat16" if args.fast else "float32", inception=digest and digest[:8])
         settings.update(device=str(device), torch=str(torch.__version__), splits_of=5000, neighbours=3)
         values = score(sides, model and model.fc.weight, device)
-        report(args, sides, values, dict(settings, seconds=round(time.time() - start, 1)), warnings)
+        report(args, sets, sides, values, dict(settings, seconds=round(time.time() - start, 1)), warnings)
     for warning in warnings:
         print(f"{'warning':<16} {warning}")
 
@@ -536,15 +579,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("images", nargs="+", metavar="SAMPLES REFERENCE", help="npz, folder or zip of images, or statistics npz")
-    add("--save-stats", metavar="OUT", help="write the statistics of one image set to OUT.npz instead")
-    add("--image-size", type=int, metavar="SIDE", help="with --save-stats: centre-crop to SIDE as training does")
+    add("images", nargs="+", metavar="SAMPLES REFERENCE", help="npz, folder or zip of images, or statistics")
+    add("--save-stats", metavar="OUT", help="write one set's statistics to OUT.npz instead; stored ones as they are")
+    add("--image-size", type=int, metavar="SIDE", help="centre-crop folders and zips to SIDE as training does")
     add("--json", metavar="OUT", help="write the table as JSON too")
     add("--inception", metavar="FILE", help=f"local weights instead of a download of {URL.rsplit('/', 1)[1]}")
     add("--batch-size", type=int, default=64, help="images at a time on each process (64)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--fast", action="store_true", help="bf16 network: approximate, for checks during training")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
         evaluate(args, rank, world, local)

@@ -30,8 +30,7 @@ from scipy.stats import rankdata
 from tqdm import tqdm
 
 from experiments.spatial_correlations import LABELS, PUBLISHED, correlate, read_table, report_correlations, show_table
-from fid import Files, open_set
-from inputs.images import center_crop
+from fid import Files, center_crop, open_set
 from inputs.teachers import DRAWN, ENCODERS, load_encoder
 from irepa import Config, spatial_norm
 from plumbing.files import mistakes, one_line, write_text

@@ -1,4 +1,4 @@
-"""Images: from a file to the square crop that the model sees, and a set of them with labels.
+"""A set of images with labels, each as the square crop that the model sees: fid.py's, so that references have the same.
 
 A data set here has .classes (names), len(), and data[indices] -> Batch.
 """
@@ -13,18 +13,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from fid import PIXELS, center_crop, to_rgb
 from inputs.formats import listing
 from plumbing.files import shown
 
 IN_MEMORY = 2**30  # bytes of decoded images up to which a data set is decoded once and kept
 CHECK_ALL = 100_000  # above this many images, they are not all opened beforehand
 NEIGHBOURS = 100  # how many are tried in the place of a broken one
-LARGE = 2 * 89_478_485  # pixels from which Pillow takes a file for an attack; these are the user's own
-Image.MAX_IMAGE_PIXELS = None
-
-# what turns an image upright, by EXIF's orientation from 2 on; 1 is upright
-TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
-TURNS = {i: Image.Transpose[name] for i, name in enumerate(TURNS, start=2)}
+Image.MAX_IMAGE_PIXELS = None  # Pillow takes a file of so many for an attack; these are the user's own
 
 
 class BrokenImage(ValueError):
@@ -38,44 +34,6 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # int64 [B]
     moments: torch.Tensor | None = None  # of a VAE's posterior, [B, 2C, h, w], from a cache
     replaced: int = 0  # images that cannot be decoded, with another in their place
-
-
-# ---- One image ----
-
-
-def upright(image):
-    """Turned as its EXIF says. ImageOps.exif_transpose also rewrites the EXIF, and fails where it cannot."""
-    try:
-        turn = TURNS.get(image.getexif().get(0x0112))
-    except SyntaxError:  # PIL's word for an EXIF block whose header is damaged: it says of no turn
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
-def to_rgb(image):
-    """Any PIL image -> upright RGB; transparent parts become white."""
-    image = upright(image)
-    if image.mode[0] in "IF":  # 16 bits a pixel: PIL would clip, not scale
-        array = np.asarray(image, np.float64)
-        if image.mode == "F" or array.min() < 0 or array.max() > 65535:
-            raise ValueError(f"its mode {image.mode} has no fixed range; convert it to 8 or 16 bits")
-        image = Image.fromarray((array / 257).round().astype(np.uint8))
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def center_crop(image, size):
-    """The square crop of ADM: halve with a box filter while twice too large, then bicubic, then cut the centre."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    if min(image.size) != size:
-        scale = size / min(image.size)
-        wanted = (round(image.width * scale), round(image.height * scale))
-        image = image.resize(wanted, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 # ---- A set ----
@@ -139,7 +97,7 @@ class ImageSet:
         where = shown(self.source.where(i))
         try:
             with self.source.open(i) as file, Image.open(file) as image:
-                if image.width * image.height > LARGE:
+                if image.width * image.height > PIXELS:
                     tqdm.write(f"{where} has {image.width * image.height / 1e6:.0f} million pixels", file=sys.stderr)
                 return np.asarray(center_crop(to_rgb(image), self.size))
         except Exception as e:  # whatever PIL or zipfile raises, on purpose: the formats' readers raise anything

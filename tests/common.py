@@ -77,7 +77,8 @@ def refused(capsys, program, *flags):
 
 def torchrun(script, *flags):
     """Two processes of a file, started by torchrun itself; tests.processes.call does without its ten seconds."""
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / script]
     return subprocess.run([*map(str, [*command, *flags])], env=env, capture_output=True, text=True, timeout=120)
 

@@ -1,5 +1,7 @@
 """Fixtures of several test files."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from tests.common import toy_vae
 
 torch.set_num_threads(1)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers are those of CPUs, and a forked process cannot use a GPU
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,16 @@
 
 import json
 import math
+import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import fid
-from inputs.images import center_crop, to_rgb
 from test_irepa import drawn, normal
 from tests.common import HERE
 from tests.processes import call
@@ -147,13 +148,17 @@ def test_every_kind_of_image_set_is_the_same(image_sets, name):
     assert torch.equal(torch.cat(list(images.batches(3, 8, 2))), whole[3:8])
 
 
-def test_the_crop_of_a_reference_is_that_of_training():
-    for width, height in ((100, 70), (33, 64), (32, 32), (20, 31), (300, 130)):
-        image = Image.fromarray(np.random.RandomState(width).randint(0, 256, (height, width, 3)).astype(np.uint8))
-        assert np.array_equal(fid.center_crop(image, 32), center_crop(image, 32))
-    deep = Image.fromarray(np.random.RandomState(0).randint(0, 65536, (9, 9)).astype(np.uint16))
-    for image in (deep, image.convert("RGBA"), image.convert("P"), image.convert("LA"), image.convert("CMYK")):
-        assert np.array_equal(fid.to_rgb(image), to_rgb(image))
+def test_the_crop_halves_by_boxes_then_scales_and_cuts_the_centre():
+    rs = np.random.RandomState(0)
+    square = rs.randint(0, 256, (64, 64, 3)).astype(np.uint8)
+    wide = np.concatenate([0 * square, square, 0 * square], axis=1)
+    assert np.array_equal(fid.center_crop(Image.fromarray(wide), 64), square)
+    means = square.reshape(32, 2, 32, 2, 3).mean((1, 3))
+    assert abs(np.asarray(fid.center_crop(Image.fromarray(wide), 32)) - means).max() <= 1  # each direction rounds
+    bicubic = Image.fromarray(square).resize((40, 40), Image.Resampling.BICUBIC)
+    assert np.array_equal(fid.center_crop(Image.fromarray(square), 40), bicubic)  # less than twice too large
+    for width, height in ((100, 70), (33, 64), (20, 31), (300, 130)):
+        assert fid.center_crop(Image.new("RGB", (width, height)), 32).size == (32, 32)
 
 
 def score(*flags):
@@ -215,7 +220,7 @@ def test_the_table(image_sets, tmp_path, monkeypatch, capsys):
     score(image_sets / "plain.npz", tmp_path / "reference.npz", "--json", tmp_path / "third.json")
     record = json.loads((tmp_path / "third.json").read_text())
     assert record["precision"] == 1 and record["reference"] == dict(
-        path=str(tmp_path / "reference.npz"), n=None, images_seen=9
+        path=str(tmp_path / "reference.npz"), n=None, images_seen=9, cropped_to=None
     )
     assert "mu_s" in record["not_available"]["sfid"] and np.array_equal(sides[-1][2], stored["mu"])
 
@@ -230,6 +235,7 @@ BAD = {
     "nan.npz": (dict(mu=np.full(2048, np.nan), sigma=np.zeros((2048, 2048))), "not finite"),
     "cut.npz": (b"PK", "truncated"),
     "text.npz": (b"hello", "cannot be used"),
+    "text.pt": (b"hello", "cannot be used"),
     "broken": ({"a.png": b"\x89PNG", "b.png": b""}, "broken/a.png cannot be read"),
     "sizes": ({"a.png": (24, 20), "b.png": (24, 20), "c.png": (24, 21)}, "sizes/c.png is 24x21"),
     "empty": ({"notes.txt": b"none"}, "holds no images"),
@@ -255,6 +261,122 @@ def test_a_bad_image_set_is_named(image_sets, tmp_path, monkeypatch, capsys, nam
     assert stop.value.code == 2 and message in error and name in error and "Traceback" not in error
 
 
+def test_photographs_of_any_size_are_cropped_to_one(image_sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "load_inception", lambda *args: (Means(), fid.HASH + "0" * 56))
+    monkeypatch.setattr(fid, "frechet_distance", lambda *args: 1.0)
+    rs = np.random.RandomState(3)
+    (tmp_path / "photos").mkdir()
+    for i, size in enumerate(((30, 40), (16, 16), (70, 33), (20, 20), (50, 16))):
+        image = Image.fromarray(rs.randint(0, 256, (*size, 3)).astype(np.uint8))
+        image.save(tmp_path / f"photos/{i}.png")
+    with pytest.raises(SystemExit):
+        score(tmp_path / "photos", tmp_path / "photos")
+    assert "is 16x16, the first 40x30; --image-size SIDE crops all to one" in capsys.readouterr().err
+    score(tmp_path / "photos", image_sets / "all.zip", "--image-size", 16, "--json", tmp_path / "out.json")
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert 0 <= record["precision"] <= 1 and 0 <= record["recall"] <= 1
+    assert [record[side]["cropped_to"] for side in ("samples", "reference")] == [16, 16]
+    assert capsys.readouterr().out.count("each centre-cropped to 16 px") == 2
+    for size, fits in ((16, True), (20, False)):  # what is not cropped has to be of that size
+        np.savez(tmp_path / f"{size}.npz", rs.randint(0, 256, (5, size, size, 3)).astype(np.uint8))
+        flags = tmp_path / f"{size}.npz", tmp_path / "photos", "--image-size", 16
+        if fits:
+            score(*flags)
+            assert capsys.readouterr().out.count("each centre-cropped to 16 px") == 1
+        else:
+            with pytest.raises(SystemExit):
+                score(*flags)
+            assert "20.npz is (20, 20) px; only folders and zips are cropped" in capsys.readouterr().err
+
+
+def stored_statistics(seed=0):
+    rs = np.random.RandomState(seed)
+    return dict(mu=rs.standard_normal(2048).astype(np.float32), sigma=np.diag(rs.uniform(1, 2, 2048)))
+
+
+def test_stored_statistics_are_saved_as_they_are(image_sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "load_inception", lambda *args: pytest.fail("nothing is to be computed"))
+    pixels, stored = np.load(image_sets / "plain.npz")["arr_0"], stored_statistics()
+    spatial = dict(mu_s=np.ones(2023), sigma_s=np.eye(2023))
+    for name, more in (("all", spatial), ("fid", {})):  # as ADM's references: of more images than arr_0 has
+        np.savez(tmp_path / f"{name}.npz", arr_0=pixels, **stored, **more)
+        score("--save-stats", tmp_path / f"{name}-kept.npz", tmp_path / f"{name}.npz")
+        kept = np.load(tmp_path / f"{name}-kept.npz")
+        assert set(kept) == {*stored, *more, "size"} and kept["size"].tolist() == [20, 24]  # n is unknown, and stays so
+        assert all(np.array_equal(kept[key], value) for key, value in {**stored, **more}.items())
+        assert "the stored statistics, as they are, of" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        score("--save-stats", tmp_path / "x.npz", tmp_path / "all.npz", "--image-size", 16)
+    assert "all.npz is (20, 24) px; only folders and zips are cropped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("numpy", ["numpy._core", "numpy.core"])  # as numpy 2 and numpy 1 name themselves in a pickle
+def test_statistics_of_other_evaluators_are_read(image_sets, tmp_path, monkeypatch, capsys, numpy):
+    monkeypatch.setattr(fid, "load_inception", lambda *args: (Means(), fid.HASH + "0" * 56))
+    sides, stored = [], stored_statistics()
+    monkeypatch.setattr(fid, "frechet_distance", lambda *args: sides.append(args) or 1.0)
+    torch.save(stored, tmp_path / "written.pt")
+    with zipfile.ZipFile(tmp_path / "written.pt") as old, zipfile.ZipFile(tmp_path / "stat-fid-2048.pt", "w") as new:
+        for info in old.infolist():
+            new.writestr(info, old.read(info).replace(b"numpy._core", numpy.encode()))
+    np.savez(tmp_path / "in256_stats.npz", **stored)
+    for name in ("stat-fid-2048.pt", "in256_stats.npz"):
+        score(image_sets / "folder", tmp_path / name, "--json", tmp_path / f"{name}.json")
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["fid"] == 1 and record["sfid"] is None and record["precision"] is None
+        assert np.array_equal(sides[-1][2], stored["mu"]) and np.array_equal(sides[-1][3], stored["sigma"])
+        assert "compare only with numbers by the same file" in capsys.readouterr().out
+    torch.save(dict(model=torch.ones(2)), tmp_path / "network.pt")
+    torch.save(dict(mu=print), tmp_path / "code.pt")
+    for name, message in (("network.pt", "neither arr_0 nor mu and sigma"), ("code.pt", "other things than arrays")):
+        with pytest.raises(SystemExit) as stop:
+            score(image_sets / "folder", tmp_path / name)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"{name} cannot be used" in error and message in error
+
+
+def test_nothing_in_a_folder_vanishes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "load_inception", lambda *args: (Means(), fid.HASH + "0" * 56))
+    monkeypatch.setattr(fid, "frechet_distance", lambda *args: 1.0)
+    root, pixels = tmp_path / "photos", np.random.RandomState(4).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+    (root / "@eaDir").mkdir(parents=True)
+    for name in ("a.jfif", "b.ppm", "c.avif", "d.jp2", "e.tif", "@eaDir/a.png", ".f.png"):
+        if Path(name).suffix in fid.EXTENSIONS:
+            Image.fromarray(pixels).save(root / name)
+    (root / os.fsdecode(b"caf\xe9.png")).write_bytes((root / "@eaDir/a.png").read_bytes())
+    (root / "list.txt").write_text("a.jfif")
+    (root / "loop").symlink_to(root)
+    files = fid.open_set(root)[0].files
+    assert {"a.jfif", "b.ppm", "e.tif", os.fsdecode(b"caf\xe9.png")} <= {*files} and len({*files}) == len(files) <= 6
+    score(root, root, "--json", tmp_path / "out.json")
+    assert "photos: left out 1 .txt" in capsys.readouterr().out
+    (root / os.fsdecode(b"caf\xe9.png")).write_text("damaged")
+    with pytest.raises(ValueError, match="caf.*png cannot be read"):
+        fid.open_set(root)[0][files.index(os.fsdecode(b"caf\xe9.png"))]
+
+    def walk(path, followlinks, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{root}/private"))
+
+    monkeypatch.setattr(os, "walk", walk)  # who runs the tests may be allowed to read everything
+    with pytest.raises(ValueError, match="photos cannot be used: .*Permission denied: .*private"):
+        fid.open_set(root)
+
+
+def test_images_are_turned_by_their_exif_and_bombs_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as code beside this may have it
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 12, 3)).astype(np.uint8))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / "x.png", exif=exif)
+        with Image.open(tmp_path / "x.png") as turned:
+            assert np.array_equal(fid.to_rgb(turned), ImageOps.exif_transpose(turned))
+    (tmp_path / "bomb").mkdir()
+    Image.new("1", (14_000, 13_000)).save(tmp_path / "bomb/a.png")
+    with pytest.raises(ValueError, match="a.png cannot be read .*182000000 pixels are too many"):
+        fid.open_set(tmp_path / "bomb")
+
+
 def test_weights_that_are_absent_or_wrong_are_named(image_sets, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
@@ -267,7 +389,7 @@ def test_weights_that_are_absent_or_wrong_are_named(image_sets, tmp_path, monkey
         ([], f"put it at {tmp_path}/hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"),
         (["--inception", tmp_path / "absent.pth"], "No such file"),
         (["--inception", tmp_path / "wrong.pth"], "wrong.pth does not hold"),
-        (["--image-size", 8], "goes with --save-stats"),
+        (["--image-size", 0], "--image-size must be positive"),
     ):
         with pytest.raises(SystemExit) as stop:
             score(image_sets / "plain.npz", image_sets / "folder", *flags)

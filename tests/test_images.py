@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from fid import to_rgb
 from inputs import images
-from inputs.images import BrokenImage, ImageSet, to_rgb
+from inputs.images import BrokenImage, ImageSet
 
 
 def test_images_of_every_kind(tmp_path):
