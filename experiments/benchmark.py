@@ -69,9 +69,9 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def matmul_rate(device, size=4096):
+def matmul_rate(device):
     """Measured bf16 FLOP/s of a square matrix product: what the utilisation is a share of."""
-    size = size if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / windows({"": lambda: a @ b}, 9, device)[""]
 
@@ -118,6 +118,18 @@ class Step:
         return loss.item()
 
 
+def again(model, update):
+    """The update with the gradients that the model has now, as often as it is called: an update takes them away."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+
+    def call():
+        for p, gradient in gradients:
+            p.grad = gradient
+        update()
+
+    return call
+
+
 def random_teacher(args, device):
     return load_encoder(args.encoder, 16, None if args.encoder in DRAWN else "random", device)
 
@@ -133,11 +145,11 @@ def train(args, device):
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 step = Step(name, args, device, encoder, compiled)
-                with FlopCounterMode(display=False) as flops, step.autocast():
-                    step.model(step.x[:1], torch.zeros(1, device=device), step.y[:1])
+                with FlopCounterMode(display=False) as flops, step.autocast():  # the average is not compiled
+                    step.ema(step.x[:1], torch.zeros(1, device=device), step.y[:1])
                 seconds = windows({"step": step}, args.windows, device)["step"]
                 step.loss(step.teacher()).backward()
-                parts = dict(teacher=step.teacher, update=step.update)
+                parts = dict(teacher=step.teacher, update=again(step.model, step.update))
                 parts = windows(parts, args.windows, device)
                 needed = 3 * flops.get_total_flops() * args.batch_size
                 rows.append({"model": name, "teacher": args.encoder if encoder else "none"})
@@ -227,7 +239,6 @@ class Theirs:
             raise ValueError(f"the release's {name} is another network: {one_line(e)[:300]}") from e
         self.net, self.ours = net.to(ours.device).train(), ours
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
-        self.opt = torch.optim.AdamW(self.net.parameters(), lr=1e-4, weight_decay=0.0)
         self.criterion = SILoss(projection_loss_type="cosine", proj_coeff="1.0")
         self.normal, self.solve = SpatialNormalization("zscore"), euler_maruyama_sampler
         # they keep its weights in float32, for autocast to cast; its attention is ours, on a CPU plain products
@@ -237,16 +248,27 @@ class Theirs:
         denoise, align, _ = self.criterion(net, x, dict(y=y), zs=[self.normal(tokens, zscore_alpha=0.6)])
         return denoise.mean(), align.mean()
 
-    def step(self, net):
-        """One of theirs, by self.net or a compiled form of it."""
+    def stepper(self, compiled):
+        """-> their training step, to be called. compiled: network and optimiser, as they train by default."""
+        net, opt = self.net, torch.optim.AdamW(self.net.parameters(), lr=1e-4, weight_decay=0.0)
+
+        def optimise():
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+
+        if compiled:
+            torch._dynamo.config.cache_size_limit = 64
+            net, optimise = torch.compile(net), torch.compile(optimise)
+        return functools.partial(self.step, net, optimise)
+
+    def step(self, net, optimise):
         ours = self.ours
         with torch.autocast(ours.device.type, torch.bfloat16, enabled=fast_bf16(ours.device)):
             denoise, align = self.losses(net, ours.x, ours.y, self.teacher(ours.images))
             loss = denoise + align
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.opt.step()
-        self.opt.zero_grad(set_to_none=True)
+        optimise()
         with torch.no_grad():
             for slow, fast in zip(self.ema.parameters(), self.net.parameters()):
                 slow.mul_(0.9999).add_(fast, alpha=1e-4)
@@ -269,6 +291,25 @@ def same_losses(name, ours, theirs):
     assert all(abs(a - b) < 1e-4 * max(1, abs(a)) for a, b in pairs)
 
 
+def eager(call):
+    """The same without anything compiled."""
+
+    def called():
+        with torch.compiler.set_stance("force_eager"):
+            return call()
+
+    return called
+
+
+def add_rows(rows, name, what, seconds, pairs, args):
+    """A row for each pair of names (theirs, ours) that were measured, in `seconds`."""
+    for theirs, ours in pairs:
+        if ours in seconds:
+            rates = [args.batch_size / seconds[rival] for rival in (theirs, ours)]
+            rows.append({"model": name, "what": what, "theirs": theirs, "ours": ours})
+            rows[-1].update({"theirs, images/s": rates[0], "ours, images/s": rates[1], "times": rates[1] / rates[0]})
+
+
 def official(args, device):
     """Their network, loss, spatial norm and sampler in the loop that they train with, on our weights and teacher."""
     teacher, rows = random_teacher(args, device), []
@@ -279,30 +320,31 @@ def official(args, device):
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=0.02)
         theirs = Theirs(args.release, name, ours)
         same_losses(name, ours, theirs)
+        rivals = {"theirs": theirs.stepper(False), "theirs, compiled": theirs.stepper(True), "ours": eager(ours)}
+        if args.compile:
+            rivals["ours, compiled"] = ours
+        pairs = [("theirs", "ours"), ("theirs, compiled", "ours"), ("theirs, compiled", "ours, compiled")]
+        add_rows(rows, name, "training step", windows(rivals, args.windows, device), pairs, args)
+
         noise = torch.randn(args.batch_size, 4, 32, 32, device=device)
         sampled = copy.deepcopy(ours.ema)
         sampled.projectors = torch.nn.ModuleList()  # sample.py loads none
         compile_blocks(sampled, args.compile)
+        torch.set_float32_matmul_precision("high")  # as both do
 
         def our_samples(bf16):
-            torch.set_float32_matmul_precision("high")
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x = generate(sampled, ours.y.cpu(), range(len(ours.y)), how=Sampling(steps=args.steps))
             return x.sum().item()
 
-        rivals = {"training step": theirs.net, "training step, theirs compiled": torch.compile(theirs.net)}
-        rivals = {what: functools.partial(theirs.step, net) for what, net in rivals.items()}
-        seconds = windows({**rivals, "ours": ours}, args.windows, device)
-        pairs = [(what, seconds[what], seconds["ours"]) for what in rivals]
-        rivals = {"theirs": lambda: theirs.samples(noise, args.steps)}
-        rivals.update(ours=lambda: our_samples(False), bf16=lambda: our_samples(True))
-        seconds = windows(rivals, args.windows, device)
-        pairs += [("sampling, SDE", seconds["theirs"], seconds["ours"])]
-        pairs += [("sampling, SDE, ours in bf16", seconds["theirs"], seconds["bf16"])]
-        for what, slow, fast in pairs:
-            each = [args.batch_size / seconds for seconds in (slow, fast)]
-            rows.append({"model": name, "what": what, "ours compiled": args.compile})
-            rows[-1].update({"theirs, images/s": each[0], "ours, images/s": each[1], "times": slow / fast})
+        default, bf16 = (functools.partial(our_samples, bf16) for bf16 in (False, True))
+        rivals = {"theirs": functools.partial(theirs.samples, noise, args.steps)}
+        rivals.update({"ours": eager(default), "ours, bf16": eager(bf16)})
+        if args.compile:
+            rivals.update({"ours, compiled": default, "ours, compiled, bf16": bf16})
+        pairs = [("theirs", what) for what in ("ours", "ours, bf16", "ours, compiled", "ours, compiled, bf16")]
+        add_rows(rows, name, "sampling, SDE", windows(rivals, args.windows, device), pairs, args)
+        torch.set_float32_matmul_precision("highest")
     table(f"the official release, batch {args.batch_size}, {args.encoder}, sampling in {args.steps} steps", rows)
     return rows
 

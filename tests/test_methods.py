@@ -47,7 +47,7 @@ def test_a_new_method_is_one_new_file(tmp_path):
     tree = tmp_path / "tree"
     for name in ("plumbing", "inputs", "variants"):
         shutil.copytree(HERE / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("irepa.py", "train.py", "sample.py"):
+    for name in ("irepa.py", "fid.py", "train.py", "sample.py"):
         shutil.copy(HERE / name, tree / name)
     before = sums(tree)
     (tree / "variants/huber.py").write_text(HUBER)
