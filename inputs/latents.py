@@ -125,14 +125,20 @@ def begin_cache(data, spec, precision, out, first):
                 raise ValueError(f"{out} holds another cache: its {key} is {found[key]}, not {manifest[key]}")
         return found
     if first:
-        begun = {".lock", "labels.npy", "files.json", "files.json.tmp", "manifest.json.tmp"}
+        refuse_other(out)
         out.mkdir(parents=True, exist_ok=True)
-        if {file.name for file in out.iterdir()} - begun:
-            raise ValueError(f"{out} holds something else, and is left as it is; name a new folder with --out")
         np.save(out / "labels.npy", data.labels)
         write_text(out / "files.json", json.dumps(data.files))
         write_text(out / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
+
+
+def refuse_other(out):
+    """ValueError where `out` is neither new, nor empty, nor a cache, whole or just begun."""
+    begun = {".lock", "labels.npy", "files.json", "files.json.tmp", "manifest.json.tmp"}
+    there = {file.name for file in out.iterdir()} if out.exists() else set()
+    if "manifest.json" not in there and there - begun:
+        raise ValueError(f"{out} holds something else, and is left as it is; name a new folder with --out")
 
 
 def sums_of(moments):
@@ -270,6 +276,7 @@ def main(argv=None):
         settle_vae(asked)
         if asked.vae is None or not asked.out:
             raise ValueError("name a folder with --out, and a --vae, or images from 128 px up")
+        refuse_other(Path(asked.out))
         device = pick_device(asked.device)
         vae, spec = open_vae(asked, device)
         # with --skip-broken all are decoded first: what stands in for what belongs into the manifest

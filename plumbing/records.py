@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -122,11 +123,12 @@ def progress(total, done, first):
 
 def versions():
     """What a result depends on besides its settings."""
-    folder = Path(__file__).parent.parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
-    inside = git.returncode == 0 and (folder / ".git").exists()
+    folder, commit = Path(__file__).parent.parent, None
+    if (folder / ".git").exists() and shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+        commit = None if git.returncode else git.stdout.strip()
     return dict(
-        git_commit=git.stdout.strip() if inside else None,
+        git_commit=commit,
         torch=str(torch.__version__),
         numpy=np.__version__,
         python=sys.version.split()[0],

@@ -64,7 +64,7 @@ def test_a_cache_is_written_whole_resumed_and_refused(photos, vae, tmp_path, mon
     shards[0].unlink()
     assert "moments-00001.npy is damaged" in refused(capsys, write, *flags, out)
     assert sum(encoded) == 8  # before anything is encoded
-    assert "something else" in refused(capsys, write, *flags, photos)
+    assert "something else" in refused(capsys, write, *flags, photos) and not (photos / ".lock").exists()
 
 
 @pytest.mark.parametrize(
