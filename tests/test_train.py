@@ -265,6 +265,11 @@ def test_all_ranks_stop_after_the_same_step(photos, tmp_path):
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, codes[1])  # a rank that dies leaves no other waiting
 
 
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert records.versions()["git_commit"] is None and records.versions()["torch"] == str(torch.__version__)
+
+
 def test_a_full_disk_loses_no_checkpoint(photos, tmp_path, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     plant(monkeypatch, lambda step, _: step == 3 and resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1])))
