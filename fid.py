@@ -327,17 +327,17 @@ class Files:
 
 
 def walk(path):
-    """The files below a folder, links followed, each real folder once. OSError for a folder that cannot be read."""
+    """The files below a folder, links followed, but not in a circle. OSError for a folder that cannot be read."""
 
     def stop(error):
         raise error
 
-    files, seen = [], set()
+    files, above = [], {os.fspath(path): set()}  # above: the real folders that a folder lies in
     for folder, below, names in os.walk(path, followlinks=True, onerror=stop):
-        fresh = os.path.realpath(folder) not in seen  # links may lead in a circle
-        below[:] = [name for name in below if fresh and not HIDDEN.search(name)]
-        files += [(Path(folder) / name).relative_to(path).as_posix() for name in names if fresh]
-        seen.add(os.path.realpath(folder))
+        real, outer = os.path.realpath(folder), above.pop(folder)
+        below[:] = [name for name in below if real not in outer and not HIDDEN.search(name)]
+        files += [(Path(folder) / name).relative_to(path).as_posix() for name in names if real not in outer]
+        above.update((os.path.join(folder, name), {real, *outer}) for name in below)
     return files
 
 

@@ -146,7 +146,7 @@ def listing(path):
 
 
 def walk(path):
-    """-> (names of all files under `path`, sorted, links followed, each real folder once; names of all folders).
+    """-> (names of all files under `path`, sorted, links followed, but not in a circle; names of all folders).
 
     ValueError for a folder that cannot be read: its images would be missing in silence.
     """
@@ -154,12 +154,14 @@ def walk(path):
     def stop(error):
         raise ValueError(f"the folder {shown(error.filename)} cannot be read ({error.strerror}): allow it, or move it")
 
-    seen, names, folders = set(), [], []
+    names, folders = [], []
+    above = {os.fspath(path): set()}  # the real folders that a folder lies in
     for folder, below, files in os.walk(path, followlinks=True, onerror=stop):
-        if os.path.realpath(folder) in seen:
+        real, outer = os.path.realpath(folder), above.pop(folder)
+        if real in outer:
             below.clear()
             continue
-        seen.add(os.path.realpath(folder))
+        above.update((os.path.join(folder, name), {real, *outer}) for name in below)
         place = PurePosixPath(Path(os.path.relpath(folder, path)).as_posix())
         names += [str(place / file) for file in files]
         folders.append(str(place))

@@ -25,10 +25,10 @@ def by_folder(path, images, folders):
     folders are all there are, also those without images. ValueError where it is not clear.
     """
     of_image = [os.path.dirname(name) for name in images]
+    flat = all(re.match("ILSVRC2012_(val|test)", os.path.basename(name)) for name in images) and len(set(of_image)) == 1
+    notes = ["ImageNet's labels of these lie in LOC_val_solution.csv: to use them, make class folders"] if flat else []
     if not any(of_image):
-        flat = os.path.basename(images[0]).startswith(("ILSVRC2012_val", "ILSVRC2012_test"))
-        note = "ImageNet's labels of these lie in LOC_val_solution.csv: to use them, make class folders"
-        return *no_classes(len(images)), [note] if flat else []
+        return *no_classes(len(images)), notes
     if "" in of_image:
         stray = shown(images[of_image.index("")])
         raise ValueError(f"{shown(path)}: {stray} lies beside the class folders, in none of them; move or remove it")
@@ -36,7 +36,7 @@ def by_folder(path, images, folders):
     classes = sorted(set(names.values()))
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[names[folder]] for folder in of_image])
-    return labels, [shown(name) for name in classes], without_images(folders, of_image)
+    return labels, [shown(name) for name in classes], [*notes, *without_images(folders, of_image)]
 
 
 def class_names(folders, path):

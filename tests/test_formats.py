@@ -85,6 +85,7 @@ def test_parts_of_a_set_are_no_classes(tmp_path, names, meant):
 def test_images_of_imagenets_validation_are_told_where_their_labels_are(tmp_path):
     found = listing(make(tmp_path / "val", ["ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG"]))
     assert found.classes == ["images"] and "LOC_val_solution.csv" in found.notes[0]
+    assert "LOC_val_solution.csv" in listing(tmp_path).notes[0]
 
 
 def test_nothing_vanishes(tmp_path, monkeypatch, photos):
@@ -128,9 +129,14 @@ def test_bad_data_is_a_named_error(photos, tmp_path):
     (tmp_path / "loop").symlink_to(photos)
     (photos / "cats/me").symlink_to(photos)
     try:
-        assert len(listing(tmp_path / "loop").files) == 24  # each folder once
+        for path in (tmp_path / "loop", f"{photos}/", f"{photos}/cats/.."):
+            assert len(listing(path).files) == 24  # each folder once
     finally:
         (photos / "cats/me").unlink()
+    (tmp_path / "links").mkdir()
+    for name in ("a", "b"):  # two names of one folder are no circle: none of them vanishes
+        (tmp_path / "links" / name).symlink_to(photos / "cats")
+    assert listing(tmp_path / "links").classes == ["a", "b"] and len(listing(tmp_path / "links").files) == 24
     refused("z.png lies beside the class folders", make(tmp_path / "stray", ["a/x.png", "b/y.png", "z.png"]))
     (tmp_path / "x.zip").write_bytes(b"PK nonsense")
     refused("neither a folder nor a zip", tmp_path / "x.zip")
