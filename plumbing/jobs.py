@@ -167,7 +167,8 @@ def begin_log(job, networks, ranks, start, training):
             f" {was['settings']['accumulate']}: the same batches and noise, equal to float rounding"
         )
     sizes = ", ".join(f"{v / 1e6:.1f}M {k.replace('_', ' of ')}" for k, v in record.items() if "parameters" in k)
-    classes = f"{training} images in {len(job.data.classes)} classes"
+    many = len(job.data.classes)
+    classes = f"{training} images in {many} class{'es' if many > 1 else ''}"
     print(f"{run.method} on {job.device}: {sizes}, {classes}, step {start} of {run.steps}")
     return log
 
