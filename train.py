@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from inputs.images import BrokenImage, workers_for
+from inputs.images import BrokenImage, split, workers_for
 from inputs.teachers import load_encoder as load_encoder  # importable from here, too
 from inputs.vae import decode, encode, to_latent
 from irepa import draws, stream
@@ -40,15 +40,6 @@ from plumbing.records import Meter, append, plot, progress, save_grid, to_uint8,
 from sample import generate
 
 # ---- The order of the data ----
-
-
-def split(count, most=256):
-    """(training indices, held-out indices in chunks of equal size): a twentieth, at most 256; the same for any seed."""
-    order = np.random.default_rng(0).permutation(count)
-    held = min(most, max(1, count // 20))
-    size = min(32, held)
-    chunks = order[: held // size * size].reshape(-1, size)
-    return np.sort(order[chunks.size :]), chunks
 
 
 def batch_at(step, indices, run, orders):

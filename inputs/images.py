@@ -39,12 +39,21 @@ class Batch(NamedTuple):
 # ---- A set ----
 
 
+def split(count, most=256):
+    """(training indices, held-out indices in chunks of equal size): a twentieth, at most 256; the same for any seed."""
+    order = np.random.default_rng(0).permutation(count)
+    held = min(most, max(1, count // 20))
+    size = min(32, held)
+    chunks = order[: held // size * size].reshape(-1, size)
+    return np.sort(order[chunks.size :]), chunks
+
+
 class ImageSet:
     """The images that inputs.formats.listing finds at `path`, as square crops of side `size`.
 
     Sets of up to IN_MEMORY bytes are decoded once. An image that cannot be decoded raises BrokenImage, of up to
     CHECK_ALL images (or with check_all) at once; with skip_broken the next one that can be stands in for it, with its
-    label.
+    label: of those that train, for one that trains, and else a held-out one.
     ValueError or FileNotFoundError, with what to do, where there is nothing to train on.
     """
 
@@ -78,7 +87,7 @@ class ImageSet:
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL decodes outside the GIL
             results = pool.map(work, range(len(self)))
             errors = list(tqdm(results, "decoding", len(self), unit="img", leave=False, disable=not progress))
-        good = [i for i, error in enumerate(errors) if not error]
+        good = {i for i, error in enumerate(errors) if not error}
         self.broken = [str(error) for error in errors if error]
         if self.broken and not self.skip_broken:
             more = f" (and {len(self.broken) - 1} more files)" if len(self.broken) > 1 else ""
@@ -87,7 +96,9 @@ class ImageSet:
             raise ValueError(f"{self.path}: none of the {len(self)} images can be decoded: {self.broken[0]}")
         for i in range(len(self)):
             if errors[i]:
-                j = good[np.searchsorted(good, i) % len(good)]
+                j = next((j for j in self.stand_ins(i) if j in good), None)
+                if j is None:
+                    raise ValueError(f"{errors[i]}, nor can any that may stand in for it; repair or remove it")
                 self.instead[i], self.labels[i] = j, self.labels[j]
                 if self.images is not None:
                     self.images[i] = self.images[j]
@@ -103,15 +114,28 @@ class ImageSet:
         except Exception as e:  # whatever PIL or zipfile raises, on purpose: the formats' readers raise anything
             raise BrokenImage(f"{where} cannot be decoded ({type(e).__name__}: {e})") from e
 
+    def stand_ins(self, i):
+        """The images that may stand in for image i, the next one first: never a held-out one where i trains, nor the
+        reverse, as the held-out loss would be of images that the network has seen."""
+        held = np.zeros(len(self), bool)
+        held[split(len(self))[1]] = True
+        same = np.flatnonzero(held == held[i])
+        return np.roll(same, -np.searchsorted(same, i))[1:].tolist()
+
     def decode_near(self, i):
-        """-> (pixels, j): of image i, or of the next one, j, that can be decoded, if others may stand in."""
-        for j in range(i, i + NEIGHBOURS):
+        """-> (pixels, j): of image i, or of the first that may stand in for it and can be decoded, j."""
+        try:
+            return self.decode(i), i
+        except BrokenImage as e:
+            broken = e
+        if not self.skip_broken:
+            raise BrokenImage(f"{broken}; repair or remove it, or let another stand in: --skip-broken") from broken
+        for j in self.stand_ins(i)[: NEIGHBOURS - 1]:
             try:
-                return self.decode(j % len(self)), j % len(self)
-            except BrokenImage as e:
-                if not self.skip_broken:
-                    raise BrokenImage(f"{e}; repair or remove it, or let another stand in: --skip-broken") from e
-        raise BrokenImage(f"{self.files[i]} and the {NEIGHBOURS - 1} images after it cannot be decoded")
+                return self.decode(j), j
+            except BrokenImage:
+                continue
+        raise BrokenImage(f"{broken}, nor can any that may stand in for it; repair or remove it") from broken
 
     def __len__(self):
         return len(self.files)

@@ -9,7 +9,9 @@ import numpy as np
 
 from plumbing.files import one_line, shown
 
-SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|eval)([-_]?\d+)?", re.IGNORECASE)
+SPLIT = re.compile(
+    r"(images?[-_])?(train|training|val|valid|validation|test|testing|dev|eval)([-_]?(\d+|set|images?))?", re.IGNORECASE
+)
 NO_CLASS = "images"  # the one class of a set without classes
 MOST = 100_000  # classes: more are no labels, but numbers of something else
 
@@ -56,9 +58,10 @@ def class_names(folders, path):
     holding = [s for s in splits if any(p[0] == s and len(p) > 1 for p in parts.values())]
     if len(tops) > 1 and (holding or len(splits) == len(tops)):
         meant = next((s for s in holding or splits if s.lower().startswith("train")), (holding or splits)[0])
+        unpacked = "" if os.path.isdir(path) else " (once unpacked)"
         raise ValueError(
             f"{shown(path)} holds {shown(', '.join(splits))}: parts of a set, and no classes; name one of them,"
-            f" probably --data {shown('/'.join([path.rstrip('/'), *front, meant]))} (of a zip: unpack it first)"
+            f" probably --data {shown('/'.join([path.rstrip('/'), *front, meant]))}{unpacked}"
         )
     while shared(-1):
         parts = {folder: p[:-1] for folder, p in parts.items()}

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from fid import to_rgb
 from inputs import images
 from inputs.images import BrokenImage, ImageSet
+from tests.common import black_and_white
 
 
 def test_images_of_every_kind(tmp_path):
@@ -74,15 +75,27 @@ def test_the_next_image_stands_in_for_a_broken_one(tmp_path, monkeypatch, at_onc
     data = ImageSet(root, 8, skip_broken=True, progress=False)
     assert len(data) == 6 and data.classes == ["c", "d"]  # a resumed run counts as many
     batch = data[np.array([0, 1, 2, 5, 3])]
-    assert batch.images[:, 0, 0, 0].tolist() == [0, 3, 3, 0, 3] and batch.labels.tolist() == [0, 1, 1, 0, 1]
+    assert images.split(6)[1].tolist() == [[3]]  # held out: d/1, the next good one after c/3
+    assert batch.images[:, 0, 0, 0].tolist() == [0, 4, 4, 0, 3] and batch.labels.tolist() == [0, 1, 1, 0, 1]
     assert batch.replaced == 3 and len(data.broken) == (3 if at_once else 0)
     with pytest.raises(BrokenImage, match="c/2.png cannot be decoded.*2 more.*--skip-broken" if at_once else "c/2.png"):
         ImageSet(root, 8, progress=False)[np.array([1])]
+    (root / "d/1.png").write_text("not an image")
+    with pytest.raises(ValueError, match="d/1.png cannot be decoded.*nor can any that may stand in for it"):
+        ImageSet(root, 8, skip_broken=True, progress=False)[np.array([3])]
     for file in root.rglob("*.png"):
         file.write_text("not an image")
     monkeypatch.setattr(images, "NEIGHBOURS", 4)
-    with pytest.raises(ValueError, match="none of the 6 images|c/1.png and the 3 images after it cannot be decoded"):
+    with pytest.raises(ValueError, match="none of the 6 images|c/1.png cannot be decoded.*nor can any that may stand"):
         ImageSet(root, 8, skip_broken=True, progress=False)[np.array([0])]
+
+
+def test_held_out_images_stand_in_for_one_another(tmp_path):
+    root = black_and_white(tmp_path / "data", 20, 8)
+    assert images.split(40)[1].tolist() == [[11, 27]]
+    (root / ImageSet(root, 8, progress=False).files[11]).write_text("not an image")
+    data = ImageSet(root, 8, skip_broken=True, progress=False)
+    assert data.instead == {11: 27} and data[[11, 12]].labels.tolist() == [1, 0]
 
 
 def test_a_good_image_is_read_whatever_its_exif(tmp_path):
