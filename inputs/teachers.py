@@ -28,12 +28,14 @@ DRAWN = {"hog": Hog, "sift": Sift}  # made by hand: no weights
 # ---- Which network, which of its maps ----
 
 
-def find_encoder(name, weights=None):
-    """The Encoder that `name` stands for, None for hog and sift; nothing is loaded.
+def find_encoder(name, weights=None, cls_weight=0.0):
+    """The Encoder that `name` stands for, None for hog and sift; nothing is loaded. Arguments as of load_encoder.
 
     ValueError, with what there is, for an unknown name or map; FileNotFoundError where the file `weights` is not there.
     """
     base, at, number = name.partition("@")
+    if not 0 <= cls_weight <= 1:
+        raise ValueError(f"--cls-weight lies in [0, 1], and is {cls_weight}")
     if base in DRAWN:
         if at or weights:
             what, where = ("weights", "--encoder-weights") if weights else ("blocks", f"@{number}")
@@ -112,9 +114,7 @@ def load_encoder(name, grid, weights=None, device="cpu", cls_weight=0.0):
     of the tokens (arXiv 2512.10794, section 3: more global information does not make a better teacher).
     ValueError for an unknown name, a grid that the teacher cannot match, or weights that do not fit.
     """
-    if not 0 <= cls_weight <= 1:
-        raise ValueError(f"--cls-weight lies in [0, 1], and is {cls_weight}")
-    entry = find_encoder(name, weights)
+    entry = find_encoder(name, weights, cls_weight)
     if entry is None:
         return DRAWN[name](grid, cls_weight).to(device)
     return Teacher(name, entry, grid, weights, device, cls_weight)

@@ -184,7 +184,7 @@ def same_run(run, config, data, spec, checkpoint):
     settings = checkpoint["settings"]
     old = {**settings, **checkpoint["config"], "classes": checkpoint["classes"], "images": checkpoint["images"]}
     new = {**asdict(config), "classes": data.classes, "images": len(data)}
-    new.update({key: getattr(run, key) for key in "method align encoder seed batch_size".split()})
+    new.update({key: getattr(run, key) for key in "method align encoder cls_weight seed batch_size".split()})
     for key in new:
         if old.get(key, new[key]) != new[key]:
             raise ValueError(f"{run.out} was started with {key} {old[key]}, not {new[key]}; start another --out")

@@ -10,7 +10,7 @@ from inputs.images import BrokenImage, ImageSet
 from inputs.latents import open_vae
 from inputs.prepared import Labels, open_latents
 from inputs.shapes import Shapes
-from inputs.teachers import load_encoder
+from inputs.teachers import find_encoder, load_encoder
 from inputs.vae import FITS, SCALE, VAES, Latents, read_stats, same_spec
 from irepa import draws, stream
 from plumbing.checkpoints import initial_weights, refuse_used, same_run, save_checkpoint
@@ -57,6 +57,8 @@ def open_job(argv, description):
         refuse_used(Path(run.out))
     if run.vae is None or run.vae in VAES:
         network_config(run, method)  # what does not fit together is said before anything slow
+    if method.Config.named(run.model, **run.network).projector:
+        find_encoder(run.encoder, run.encoder_weights, run.cls_weight)
     device = pick_device(run.device)
     latent = open_vae(run, device)
     spec = latent.spec if latent else None
@@ -83,7 +85,8 @@ def open_job(argv, description):
         said.append(scale_latents(run, spec, data, checkpoint))
     teacher = None
     if shape.projector:
-        teacher = load_encoder(run.encoder, shape.input_size // shape.patch_size, run.encoder_weights, device)
+        grid = shape.input_size // shape.patch_size
+        teacher = load_encoder(run.encoder, grid, run.encoder_weights, device, run.cls_weight)
         teacher(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))  # which it may find too small
     config = network_config(run, method, spec, len(data.classes), teacher.dim if teacher else 1)
     if len(data.classes) == 1 and run.sample_cfg != 1:

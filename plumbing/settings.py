@@ -41,8 +41,9 @@ class Run(Source):
     init: str | None = None  # start from this checkpoint's weights, ours or others': the average, where there is one
     released: str | None = None  # whose file --init is, where it does not show: sit (SiT's own) or dit
     # teacher
-    encoder: str = "hog"  # hog or sift (no weights), a name that python -m inputs.teachers lists, timm:<any ViT>
+    encoder: str = "hog"  # hog, sift, a name that python -m inputs.teachers lists, timm:<id>; @N picks a map or block
     encoder_weights: str | None = None  # local file instead of a download; 'random' is for tests only
+    cls_weight: float = 0.0  # A: tokens become (1 - A) times themselves plus A times the class token, or their mean
     # data
     demo: bool = False  # a preset: drawn shapes and a small model, minutes on two CPU cores
     workers: int | None = None  # decoding processes a rank; by default none where images are kept in memory

@@ -406,3 +406,23 @@ def test_a_tiny_run_overfits(tmp_path, method):
     model, _ = sample.load_checkpoint(tmp_path / "run/last.pt")
     x = sample.generate(model, torch.tensor([0, 1] * 4), range(8), how=Sampling("heun", 20)).mean((1, 2, 3))
     assert (x[0::2] < -0.6).all() and (x[1::2] > 0.6).all()
+
+
+def test_a_mistaken_teacher_is_said_before_an_image_is_decoded(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ImageSet, "decode", lambda *_: pytest.fail("an image was decoded"))
+    flags = [*RUN, "--data", photos, "--out", tmp_path / "run", "--encoder"]
+    assert "unknown encoder 'hogg'" in refused(capsys, run, *flags, "hogg")
+    assert "timm knows no model 'resnt18'; it has resnet18" in refused(capsys, run, *flags, "timm:resnt18")
+    assert "there is no such file" in refused(capsys, run, *flags, "timm:resnet18", "--encoder-weights", "nowhere")
+    assert "--cls-weight lies in [0, 1]" in refused(capsys, run, *flags, "hog", "--cls-weight", 2)
+
+
+def test_a_map_and_its_mean_are_a_teacher(photos, tmp_path, capsys):
+    flags = [*RUN, "--data", photos, "--encoder", "timm:test_convnext", "--encoder-weights", "random", "--out"]
+    losses = []
+    for a in (0, 0.5):
+        run(*flags, tmp_path / f"{a}", "--cls-weight", a)
+        losses.append([row["align"] for row in rows_of(tmp_path / f"{a}")])
+    assert losses[0] != losses[1]
+    message = refused(capsys, run, "--resume", "--steps", 6, "--cls-weight", 0.2, "--out", tmp_path / "0.5")
+    assert "was started with cls_weight 0.5, not 0.2" in message
