@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from experiments import spatial_structure as spatial
+from experiments.spatial_correlations import ranks
+from experiments.token_sources import pixels
 from inputs.shapes import Shapes
 from test_irepa import normal
 
@@ -75,10 +77,10 @@ def test_published_correlations(tmp_path, capsys):
 
 def test_ranks_of_equals_and_of_the_better():
     noise = np.random.RandomState(43).standard_normal((3, 200))
-    assert spatial.ranks(noise + np.array([[0], [3], [3]]))[0].tolist() == [3, 3, 3]
-    assert sorted(map(tuple, spatial.ranks(noise + np.array([[0], [3], [3]]))[1:].tolist())) == [(1, 1, 2), (2, 1, 2)]
+    assert ranks(noise + np.array([[0], [3], [3]]))[0].tolist() == [3, 3, 3]
+    assert sorted(map(tuple, ranks(noise + np.array([[0], [3], [3]]))[1:].tolist())) == [(1, 1, 2), (2, 1, 2)]
     noise[:, :3] = np.nan  # images without a mask
-    assert spatial.ranks(noise + np.array([[0], [9], [5]])).tolist() == [[3, 3, 3], [1, 1, 1], [2, 2, 2]]
+    assert ranks(noise + np.array([[0], [9], [5]])).tolist() == [[3, 3, 3], [1, 1, 1], [2, 2, 2]]
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +93,7 @@ def drawn(tmp_path_factory):
         Image.fromarray(image).save(root / f"images/{i}.png")
         if i < 5:
             Image.fromarray(image.max(2) > 140).save(root / f"masks/{i}.png")
-    rows = "hog,9,70\nsift,8,60\npixels,7,\ntimm:vit_tiny_patch16_224,6,50\nother,5,40\n"
+    rows = "hog,9,70\nsift,8,60\npixels,7,\ntimm:vit_tiny_patch16_224 (random),6,50\nother,5,40\n"
     (root / "fid.csv").write_text(f"# a comment\nencoder,fid,accuracy\n{rows}")
     (root / "bad.csv").write_text("encoder,fid\nhog,nine\n")
     (root / "few.csv").write_text("encoder,fid\nhog,9\nsift,7\n")
@@ -105,11 +107,17 @@ def test_spatial_structure_of_drawn_shapes(drawn, tmp_path, capsys):
     spatial.main(flags.split())
     said = " ".join(capsys.readouterr().out.split())
     record = json.loads((out / "results.json").read_text())
-    assert sorted(f.name for f in out.iterdir()) == ["correlations.png", "pca.png", "results.json", "similarity.png"]
+    assert sorted(f.name for f in out.iterdir()) == [
+        "correlations.png",
+        "pca.png",
+        "results.json",
+        "similarity.png",
+        "table.csv",
+    ]
     assert "5 of the 6 images" in said and "pixels" in said and "no forecast of a FID" in said
     assert len(record["images"]) == 5 and list(record["encoders"]) == ["hog", "sift", "pixels", f"{vit} (random)"]
     images = torch.stack([torch.from_numpy(np.array(Image.open(drawn / "images" / f))) for f in record["images"]])
-    tokens, result = spatial.pixels(images.permute(0, 3, 1, 2)), record["encoders"]["pixels"]
+    tokens, result = pixels(images.permute(0, 3, 1, 2)), record["encoders"]["pixels"]
     assert tokens.shape == (5, 256, 48) and torch.equal(tokens[0, 17, 0], images[0, 4, 4, 0] / 127.5 - 1)
     values = spatial.lds(tokens)
     assert result["lds"]["per_image"] == pytest.approx(values.tolist(), abs=1e-5)
