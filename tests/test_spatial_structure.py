@@ -9,10 +9,13 @@ import torch
 from PIL import Image
 
 from experiments import spatial_structure as spatial
-from experiments.spatial_correlations import ranks
+from experiments import token_sources
+from experiments.spatial_correlations import ranks, read_table, write_table
 from experiments.token_sources import pixels
 from inputs.shapes import Shapes
+from inputs.teachers import load_encoder
 from test_irepa import normal
+from tests.common import refused
 
 
 def halves(side):
@@ -130,6 +133,192 @@ def test_spatial_structure_of_drawn_shapes(drawn, tmp_path, capsys):
     assert found["lds"]["x"] == [e["lds"]["mean"] for e in record["encoders"].values()] and found["lds"]["fid"][0] == 9
     assert found["accuracy"]["x"] == [70, 60, 50, 40]
     assert found["accuracy"]["pearson"][0] == pytest.approx(7 / math.sqrt(50))
+
+
+# ---- The probe, files of features, caches, tables ----
+
+
+@pytest.fixture(scope="session")
+def rooms(tmp_path_factory):
+    """Two classes of six images in folders, and their hog tokens as a .pt of the release, in a dict, and cut."""
+    root = tmp_path_factory.mktemp("rooms")
+    for k, name in enumerate(("bright", "dark")):
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(6):
+            image = np.random.RandomState(10 * k + i).randint(0, 100, (64, 64, 3)) + 150 * (1 - k)
+            Image.fromarray(image.astype(np.uint8)).save(root / f"images/{name}/{i}.png")
+    files = sorted((root / "images").rglob("*.png"))
+    images = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+    tokens = load_encoder("hog", 16)(images)
+    torch.save(tokens, root / "hog-saved.pt")
+    torch.save(dict(names=["a"], features=tokens), root / "dict.pt")
+    torch.save(dict(a=tokens, b=tokens), root / "two.pt")
+    torch.save(tokens[:, 1:], root / "fewer.pt")
+    torch.save(tokens[:9], root / "nine.pt")
+    torch.save((tokens * 9).long(), root / "whole.pt")
+    torch.save([1, 2], root / "list.pt")
+    (root / "flat").mkdir()
+    (root / "few/a").mkdir(parents=True), (root / "few/b").mkdir()
+    for i in range(6):
+        Image.open(files[i]).save(root / f"flat/{i}.png")
+        Image.open(files[i]).save(root / f"few/{'ab'[i > 3]}/{i}.png")
+    return root
+
+
+class Cache:
+    """Tokens as inputs.tokens.Tokens gives them, in an order of its own."""
+
+    image_size, classes = 64, ["bright", "dark"]
+
+    def __init__(self, root, backwards=True):
+        order = np.arange(12)[::-1] if backwards else np.arange(12)
+        names = [f.relative_to(root / "images").as_posix() for f in sorted((root / "images").rglob("*.png"))]
+        self.files, self.labels = [names[i] for i in order], (order >= 6).astype(np.int64)
+        self.tokens = torch.load(root / "hog-saved.pt")[order.tolist()].half()
+
+    def __getitem__(self, indices):
+        return self.tokens[indices]
+
+
+def measured(out, *flags):
+    """-> {encoder: what results.json says of it}"""
+    spatial.main([str(flag) for flag in (*flags, "--image-size", 64, "--device", "cpu", "--out", out)])
+    return json.loads((out / "results.json").read_text())["encoders"]
+
+
+def test_accuracy_stands_beside_structure(rooms, tmp_path, capsys):
+    found = measured(tmp_path / "out", "--data", rooms / "images", "--encoders", "pixels", "hog", "--probe")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "LDS CDS RMSC linear probe, % probe of patches, % seconds" in said and "right on 50.0 %" in said
+    assert "2 classes, mean ± standard error over 5 folds" in said
+    accuracy = found["pixels"]["accuracy"]
+    assert accuracy == dict(mean=100, standard_error=0, per_fold=[100] * 5) and found["pixels"]["accuracy_patches"]
+    per_fold = found["hog"]["accuracy"]["per_fold"]  # hog does not see how bright an image is
+    assert min(per_fold) < 100
+    assert found["hog"]["accuracy"]["standard_error"] == pytest.approx(np.std(per_fold, ddof=1) / math.sqrt(5))
+
+
+def without_how(found):
+    return {k: v for k, v in found.items() if k not in ("seconds", "weights", "tokens", "parameters", "ranks")}
+
+
+def test_features_and_caches_give_the_numbers_of_the_encoder_itself(rooms, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(token_sources, "open_cache", lambda path, name: Cache(rooms))
+    data, images = ("--data", rooms / "images"), ("--images", 11)
+    live = measured(tmp_path / "live", *data, *images, "--encoders", "hog", "--probe")["hog"]
+    features = (rooms / "hog-saved.pt", f"mine={rooms / 'dict.pt'}")
+    found = measured(tmp_path / "features", *data, *images, "--features", *features, "--probe", "--show", "bright/2")
+    assert list(found) == ["hog-saved", "mine"] and (tmp_path / "features/pca.png").exists()
+    assert all(without_how(f) == without_how(live) for f in found.values()) and found["mine"]["tokens"].endswith("t.pt")
+    alone = measured(tmp_path / "alone", *images, "--features", *features)
+    assert alone["mine"]["lds"] == live["lds"] and not (tmp_path / "alone/pca.png").exists()
+    assert "No pictures: no --data" in capsys.readouterr().out
+    names = json.loads((tmp_path / "live/results.json").read_text())["images"]
+    for flags in ((), data):
+        out = tmp_path / f"cache{len(flags)}"
+        found = measured(out, *flags, *images, "--tokens", "DIR", "--encoders", "hog", "--probe")["hog"]
+        assert json.loads((out / "results.json").read_text())["images"] == names
+        assert found["lds"]["per_image"] == pytest.approx(live["lds"]["per_image"], abs=1e-3)  # of float16
+        assert found["accuracy"]["per_fold"] == live["accuracy"]["per_fold"] and found["parameters"] is None
+
+
+def test_masks_of_features_are_paired_as_the_release_pairs_them_or_not_at_all(rooms, tmp_path, capsys):
+    folder, tokens = tmp_path / "masks", torch.load(rooms / "hog-saved.pt")
+    folder.mkdir()
+    masks = torch.zeros(14, 16, 16, dtype=torch.bool)
+    for i in range(14):
+        masks[i, :, : 16 if i in (2, 10) else 5 + i % 4] = True  # two are all object
+        pixels = np.kron(masks[i], np.ones((16, 16))).astype(np.uint8)  # 1 is not black
+        Image.fromarray(pixels).resize((512, 256), Image.NEAREST).save(folder / f"{i}.png")  # 10.png comes before 2.png
+    order = sorted(range(14), key=str)
+    kept = [i for i in order if i not in (2, 10)]
+    flags = ("--masks", folder, "--features", rooms / "hog-saved.pt")
+    found = measured(tmp_path / "out", *flags)["hog-saved"]["srss"]["per_image"]
+    assert found == pytest.approx(spatial.srss(tokens, masks[kept].flatten(1)).tolist(), abs=1e-5)
+    (folder / "7.png").unlink()
+    capsys.readouterr()
+    error = refused(capsys, lambda: measured(tmp_path / "no", *flags))
+    assert "of its 13 PNGs 11 have a quarter" in error and "--features 12 images" in error
+    (folder / "6.png").unlink()  # as many masks as images: one by one, and two images have no score
+    order = [i for i in order if i not in (6, 7)]
+    found = measured(tmp_path / "all", *flags)["hog-saved"]["srss"]["per_image"]
+    expected = spatial.srss(tokens, masks[order].flatten(1)).tolist()
+    assert found == [None if i in (2, 10) else pytest.approx(e, abs=1e-5) for i, e in zip(order, expected)]
+    assert "SRSS: over 10 of them" in capsys.readouterr().out
+
+
+def test_measured_rows_are_a_table_that_correlates(rooms, tmp_path):
+    data, out = ("--data", rooms / "images"), [tmp_path / name for name in "abcd"]
+    fids = tmp_path / "fids.csv"
+    fids.write_text("encoder,fid,lds\nhog,9,\nsift,8,\npixels,7,\nhog-saved,6,0.25\nabsent,5,\n")
+    first = measured(out[0], *data, "--encoders", "hog", "sift", "--probe")
+    second = measured(out[1], *data, "--encoders", "pixels", "--features", rooms / "hog-saved.pt", "--probe")
+    head, *rows = (out[0] / "table.csv").read_text().splitlines()
+    assert head == "encoder,fid,accuracy,accuracy_patches,lds,cds,rmsc" and rows[1].startswith("sift,,")
+    tables = [out[0] / "table.csv", out[1] / "table.csv"]
+    spatial.main(["--correlate", str(fids), *map(str, tables), "--out", str(out[2])])
+    found = json.loads((out[2] / "results.json").read_text())["correlations"]
+    every = {**first, **second}
+    assert found["lds"]["fid"] == [9, 8, 7, 6] and "srss" not in found and "accuracy" in found
+    lds = [every[name]["lds"]["mean"] for name in ("hog", "sift", "pixels")]
+    assert found["lds"]["x"] == pytest.approx([*lds, 0.25], rel=1e-5)  # a number of its own stays
+    assert found["rmsc"]["x"] == pytest.approx([e["rmsc"]["mean"] for e in every.values()], rel=1e-5)
+    measured(
+        out[3], *data, "--encoders", "pixels", "--correlate", fids, tables[0], "--features", rooms / "hog-saved.pt"
+    )
+    assert json.loads((out[3] / "results.json").read_text())["correlations"]["rmsc"]["x"] == found["rmsc"]["x"]
+    filled = read_table([out[3] / "table.csv"])
+    assert [(row["encoder"], row["fid"]) for row in filled] == [("pixels", 7), ("hog-saved", 6)]
+    assert filled[1]["lds"] == pytest.approx(second["hog-saved"]["lds"]["mean"], rel=1e-5)
+
+
+def test_any_name_comes_back_from_a_table(tmp_path):
+    rows = {'timm:a,b "c"': dict(lds=0.125, srss=float("nan")), "d": dict(lds=1e-7, srss=0.5)}
+    write_table(tmp_path / "table.csv", rows, {"d": 2.5})
+    first, second = read_table([tmp_path / "table.csv"])
+    assert first.pop("fid") != first.get("fid") and first == {"encoder": 'timm:a,b "c"', "lds": 0.125}
+    assert second == {"encoder": "d", "fid": 2.5, "lds": 1e-7, "srss": 0.5}
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--features {0}/hog-saved.pt --probe", "--probe needs labels: those of the class folders of --data"),
+        ("--data {0}/flat --encoders hog --probe", "--probe needs two classes at least"),
+        ("--data {0}/images/dark --encoders hog --probe", "--probe needs two classes at least"),
+        ("--data {0}/few --encoders hog --probe", "needs 5 images of each class, one a fold, and of those measured 4"),
+        ("--features {0}/absent.pt", "absent.pt: there is no such file"),
+        ("--features {0}/two.pt", "needs one tensor of [images, tokens, width], and holds a, b"),
+        ("--features {0}/fewer.pt", "has 255 tokens of width 128 an image: the metrics compare encoders at 16 x 16"),
+        ("--features {0}/whole.pt", "holds torch.int64 [12, 256, 128]"),
+        ("--features {0}/list.pt", "holds list"),
+        ("--features {0}/images/dark/0.png", "dark/0.png is refused: it is no file of tensors"),
+        ("--features {0}/hog-saved.pt {0}/hog-saved.pt", "or is already: give another NAME=FILE"),
+        ("--data {0}/images --encoders hog --features hog={0}/dict.pt", "or is already: give another NAME=FILE"),
+        ("--features #={0}/dict.pt", "a row cannot be called '#'"),
+        ("--features {0}/hog-saved.pt {0}/nine.pt", "(hog-saved 12, nine 9): one at a time"),
+        ("--data {0}/images --features {0}/nine.pt", "nine.pt has 9 images, and"),
+        ("--features {0}/hog-saved.pt --encoders hog", "--encoders hog: name images with --data"),
+        ("--features {0}/hog-saved.pt --show 0", "no images to draw without --data"),
+        ("--tokens {0}", "name those of its encoders that are to be measured with --encoders"),
+        ("--tokens {0} --encoders hog --weights hog=x", "with --tokens no encoder is run; leave it out"),
+        ("--tokens {0} --encoders hog pixels", "--encoders pixels: name images with --data"),
+        ("--data {0}/images --tokens {0} --encoders hog --image-size 32", "of crops of 64 px: --image-size 64"),
+        ("--data {0}/images/dark --tokens {0} --encoders hog", "--tokens {0} is of other images: it has no 0.png"),
+        ("--tokens {0} --encoders hog --features {0}/nine.pt", "nine.pt has 9 images, and {0} 12"),
+        ("--correlate {0}/t.csv {0}/t.csv {0}/t.csv", "hog is measured twice, here and before"),
+        ("--correlate {0}/no.csv", "fid is missing"),
+        ("--correlate {0}/empty.csv", "has no rows"),
+    ],
+)
+def test_probe_and_sources_say_what_is_wrong(rooms, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(token_sources, "open_cache", lambda path, name: Cache(rooms))
+    (rooms / "t.csv").write_text("encoder,fid,lds\nhog,9,1\n")
+    (rooms / "no.csv").write_text("encoder,lds\nhog,9\n")
+    (rooms / "empty.csv").write_text("# nothing\n")
+    more = [] if "--image-size" in flags else ["--image-size", "64"]
+    flags = [*flags.format(rooms).split(), *more, "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert message.format(rooms) in refused(capsys, lambda: spatial.main(flags)) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
