@@ -65,7 +65,7 @@ def write_table(path, measured, fids):
     table.writeheader()
     for name, found in measured.items():
         numbers = {"fid": fids.get(name, np.nan), **found}
-        table.writerow({"encoder": name, **{c: f"{v:.6g}" for c, v in numbers.items() if np.isfinite(v)}})
+        table.writerow({"encoder": name, **{c: v for c, v in numbers.items() if np.isfinite(v)}})
     write_text(path, text.getvalue())
 
 

@@ -261,7 +261,7 @@ def test_measured_rows_are_a_table_that_correlates(rooms, tmp_path):
     every = {**first, **second}
     assert found["lds"]["fid"] == [9, 8, 7, 6] and "srss" not in found and "accuracy" in found
     lds = [every[name]["lds"]["mean"] for name in ("hog", "sift", "pixels")]
-    assert found["lds"]["x"] == pytest.approx([*lds, 0.25], rel=1e-5)  # a number of its own stays
+    assert found["lds"]["x"] == pytest.approx([*lds, 0.25])  # a number of its own stays
     assert found["rmsc"]["x"] == pytest.approx([e["rmsc"]["mean"] for e in every.values()], rel=1e-5)
     measured(
         out[3], *data, "--encoders", "pixels", "--correlate", fids, tables[0], "--features", rooms / "hog-saved.pt"
