@@ -258,8 +258,13 @@ def name_of(args):
 
 def say_how(args, work, values):
     """What the table was measured with, in words. values: {metric: float64 [N]} of one encoder."""
-    masked = f"over {int(np.isfinite(values['srss']).sum())} of them, by their masks" if args.masks else ""
-    print(f"SRSS: {masked}\n" if args.masks else "No SRSS: no --masks\n")
+    if args.masks:
+        how = "by their masks" if work.files else "by the masks in the order of their names"
+        print(f"SRSS: over {int(np.isfinite(values['srss']).sum())} of them, {how}\n")
+    else:
+        print("No SRSS: no --masks\n")
+    if args.features and work.files:
+        print("--features: row i is taken for the i-th image by name\n")
     if args.probe:
         classes = len(np.unique(work.labels))
         print(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from inputs.formats import listing
-from inputs.teachers import find_encoder, load_encoder
+from inputs.teachers import DRAWN, find_encoder, load_encoder
 from plumbing.files import one_line, read_pt, shown
 
 GRID = 16  # tokens a side
@@ -86,8 +86,8 @@ def choose_encoders(names, weights, cached=()):
         name, _, file = item.partition("=")
         if not file or name not in names or name in files:
             raise ValueError(f"--weights {item}: give NAME=FILE, once for a NAME among --encoders")
-        if name == "pixels":
-            raise ValueError(f"pixels has no weights: leave --weights {item} out")
+        if name in ("pixels", *DRAWN):
+            raise ValueError(f"{name} has no weights: leave --weights {item} out")
         files[name] = file
     live = [Live(name, files.get(name)) for name in names if name not in cached]
     for source in live:

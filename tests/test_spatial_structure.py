@@ -210,6 +210,7 @@ def test_features_and_caches_give_the_numbers_of_the_encoder_itself(rooms, tmp_p
     found = measured(tmp_path / "features", *data, *images, "--features", *features, "--probe", "--show", "bright/2")
     assert list(found) == ["hog-saved", "mine"] and (tmp_path / "features/pca.png").exists()
     assert all(without_how(f) == without_how(live) for f in found.values()) and found["mine"]["tokens"].endswith("t.pt")
+    assert "row i is taken for the i-th image by name" in capsys.readouterr().out
     alone = measured(tmp_path / "alone", *images, "--features", *features)
     assert alone["mine"]["lds"] == live["lds"] and not (tmp_path / "alone/pca.png").exists()
     assert "No pictures: no --data" in capsys.readouterr().out
@@ -244,7 +245,7 @@ def test_masks_of_features_are_paired_as_the_release_pairs_them_or_not_at_all(ro
     found = measured(tmp_path / "all", *flags)["hog-saved"]["srss"]["per_image"]
     expected = spatial.srss(tokens, masks[order].flatten(1)).tolist()
     assert found == [None if i in (2, 10) else pytest.approx(e, abs=1e-5) for i, e in zip(order, expected)]
-    assert "SRSS: over 10 of them" in capsys.readouterr().out
+    assert "SRSS: over 10 of them, by the masks in the order of their names" in capsys.readouterr().out
 
 
 def test_measured_rows_are_a_table_that_correlates(rooms, tmp_path):
@@ -330,7 +331,7 @@ def test_probe_and_sources_say_what_is_wrong(rooms, tmp_path, capsys, monkeypatc
         ("--data {0}/images --image-size 60", "a multiple of 16"),
         ("--data {0}/images --encoders hog resnet", "unknown encoder 'resnet'"),
         ("--data {0}/images --encoders hog hog", "name each once"),
-        ("--data {0}/images --encoders hog --weights hog=random", "hog has no weights"),
+        ("--data {0}/images --encoders hog --weights hog=random", "hog has no weights: leave --weights hog=random out"),
         ("--data {0}/images --encoders hog --weights sift=x", "NAME=FILE"),
         (
             "--data {0}/images --encoders dino_vitb16 --weights dino_vitb16=x.pt",
