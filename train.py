@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from inputs.images import BrokenImage, split, workers_for
 from inputs.teachers import load_encoder as load_encoder  # importable from here, too
+from inputs.tokens import Target
 from inputs.vae import decode, encode, to_latent
 from irepa import draws, stream
 from plumbing.checkpoints import hold_folder
@@ -65,11 +66,7 @@ def batches(indices, run, start, rank, world):
 
 
 def feed(job, indices, start, ranks):
-    """This process's parts of the batches, flipped and on the device: part i of n as ((i, n), images, labels, moments),
-    and how many of its images stand in for broken ones.
-
-    images are None where neither the network nor the teacher needs them, moments without a cache of latents.
-    """
+    """This process's parts of the batches, flipped and on the device: part i of n as ((i, n), Batch)."""
     run, parts = job.run, ranks.world * job.run.accumulate
     loader = torch.utils.data.DataLoader(
         job.data,
@@ -82,8 +79,8 @@ def feed(job, indices, start, ranks):
     try:
         for count, batch in enumerate(loader):
             step, own = divmod(count, run.accumulate)
-            part, (images, *others) = (ranks.rank + own * ranks.world, parts), to_device(job.device, batch)
-            yield (part, job.flipped(images, start + step, part), *others), batch.replaced
+            part, batch = (ranks.rank + own * ranks.world, parts), to_device(job.device, batch)
+            yield part, batch._replace(images=job.flipped(batch.images, start + step, part))
     finally:  # without one, close() of a generator keeps what it holds, here the workers, in Python 3.12.0 to 3.12.3
         del loader
 
@@ -92,15 +89,16 @@ def fetch(incoming, count):
     """-> (the `count` parts of the next step, how many images in them stand in for others, None), or the BrokenImage
     that bars it in the last place."""
     try:
-        parts, replaced = zip(*itertools.islice(incoming, count))
-        return parts, sum(replaced), None
+        parts = list(itertools.islice(incoming, count))
+        return parts, sum(batch.replaced for _, batch in parts), None
     except BrokenImage as broken:
         return (), 0, broken.with_traceback(None)  # which would hold the loader, and it its workers
 
 
 def to_device(device, batch):
-    """(images or None, labels, moments or None) of a batch, on the device."""
-    return (a if a is None else a.to(device, non_blocking=True) for a in batch[:3])
+    """The Batch on the device, but for the numbers of its images."""
+    moved = {k: v.to(device, non_blocking=True) for k, v in batch._asdict().items() if torch.is_tensor(v)}
+    return batch._replace(**{**moved, "numbers": batch.numbers})
 
 
 # ---- A step ----
@@ -131,16 +129,17 @@ class Learner:
         return lambda: x
 
     def gradients(self, step, parts):
-        """Add up the gradients of this process's `parts` of a batch (see feed) -> the means of its terms, scalars."""
+        """Add up the gradients of this process's `parts` of a batch (see feed), which have the teacher's tokens by now
+        -> the means of its terms, scalars."""
         job, world, own, terms = self.job, self.ranks.world, self.job.run.accumulate, {}
-        for (i, n), images, labels, moments in parts:
-            z = job.teacher(images) if job.teacher else None
+        for (i, n), batch in parts:
             generator = stream("step", job.run.seed, step, job.device)  # each part draws what the whole batch draws
-            x = self.inputs(images, moments, generator, part=(i, n))
+            x = self.inputs(batch.images, batch.moments, generator, part=(i, n))
             last = i + world >= n  # of this process's own; the processes exchange gradients once
             with nullcontext() if last or world == 1 else self.wrapped.no_sync():
                 with job.autocast():
-                    losses = job.method.loss(self.wrapped, x, labels, z, job.config, generator, part=(i, n))
+                    terms_of = job.method.loss
+                    losses = terms_of(self.wrapped, x, batch.labels, batch.tokens, job.config, generator, part=(i, n))
                 (losses["loss"] / own).backward()
             for name, value in losses.items():
                 terms[name] = terms.get(name, 0) + value.detach() / own
@@ -280,11 +279,12 @@ def train(job, signals):
 
     unseen = []
     for i, chunk in list(enumerate(chunks))[ranks.rank :: ranks.world]:
-        images, labels, moments = to_device(job.device, job.data[chunk])
-        unseen.append(((i, len(chunks)), learner.held_out(images, moments, (i, len(chunks))), labels))
+        batch, part = to_device(job.device, job.data[chunk]), (i, len(chunks))
+        unseen.append((part, learner.held_out(batch.images, batch.moments, part), batch.labels))
     log = begin_log(job, networks, ranks, start, len(indices)) if first else None
     done, stop, saved = start, False, True
     meter = Meter(start, seconds, ranks.world, lambda step: names_of(job.data, batch_at(step, indices, run, {})))
+    target = Target(job.teacher, len(job.data), 0 if run.flip else run.token_memory * 2**30, ranks, job.device)
     incoming, bar = feed(job, indices, start, ranks), progress(run.steps, start, first)
     for step in range(start, run.steps):
         parts, replaced, broken = fetch(incoming, run.accumulate)
@@ -292,7 +292,7 @@ def train(job, signals):
         if stop:
             break
         rate, before = learning_rate(run, step), [b.clone() for b in statistics(networks.values())]
-        terms = learner.gradients(step, parts)
+        terms = learner.gradients(step, [(part, target(batch)) for part, batch in parts])
         norms, skipped = update(networks, optimisers, before, run.clip, rate)
         for name, ema in averages.items():
             average(ema, model, ema_decay(run, step, name))
@@ -301,13 +301,14 @@ def train(job, signals):
 
         done, last = step + 1, step + 1 == run.steps
         if done % run.log_every == 0 or last:
-            row = dict(meter.row(run.batch_size), lr=rate)
+            row = dict(meter.row(run.batch_size, target.spent()), lr=rate)
             with meter.paused():
                 row["held_out"] = held_out_loss(unseen, learner)
                 if first:
                     warned(lambda: append(log, row))
                 shown = "loss {loss:.4f} denoise {denoise:.4f} align {align:.4f} held-out {held_out:.4f}"
-                bar.set_postfix_str((shown + " {images_per_s:.0f} img/s").format(**row))
+                shown += " {images_per_s:.0f} img/s, teacher {teacher:.0%}"
+                bar.set_postfix_str(shown.format(**row))
         if first:
             with meter.paused():
                 if done % run.ckpt_every == 0 or last:

@@ -1,6 +1,7 @@
 """How fast it is on the device at hand, in one run, and side by side with what else there is.
 
-    python -m experiments.benchmark train --models SiT-S/2 SiT-B/2 --batch-size 16     a table of training steps
+    python -m experiments.benchmark train --models SiT-S/2 SiT-B/2 --encoders dinov2_vitb14 efficientnet_lite0
+                                                                                       a table of training steps
     python -m experiments.benchmark sample --models SiT-S/2 --batch-size 8             images/s of each sampler
     python -m experiments.benchmark data --data photos.zip --latents DIR               decoding, and reading a cache
     python -m experiments.benchmark official --release DIR --models SiT-B/2            against the official code
@@ -15,7 +16,6 @@ import argparse
 import copy
 import functools
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fid
 from inputs.images import ImageSet
 from inputs.latents import Cached
+from inputs.shards import Shards
 from inputs.teachers import DRAWN, load_encoder
 from irepa import Config, Sampling, SiT, irepa_loss, stream
 from plumbing.files import mistakes, one_line, write_text
@@ -62,11 +63,15 @@ def table(title, rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
-def peak_memory(device):
-    """MiB since the start of the process (CPU) or the last reset (GPU)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_memory(make, device):
+    """-> (make(), the MiB that it and its first call took at their peak, None on a CPU)."""
+    if device.type != "cuda":
+        return make(), None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    made = make()
+    made()
+    return made, round((torch.cuda.max_memory_allocated(device) - before) / 2**20)
 
 
 def matmul_rate(device):
@@ -80,12 +85,14 @@ def matmul_rate(device):
 
 
 class Step:
-    """One training step of train.py on a batch in memory: call it; .teacher() and .update() are its parts."""
+    """One training step of train.py on a batch in memory: call it; .teacher() and .update() are its parts.
 
-    def __init__(self, name, args, device, teacher, compiled):
+    teacher: None, or images uint8 -> tokens, with the width `dim` of these.
+    """
+
+    def __init__(self, name, args, device, teacher, dim, compiled):
         torch.manual_seed(0)
-        dim = dict(encoder_dim=teacher.dim) if teacher else dict(projector=None)
-        self.config = Config.named(name, **dim)
+        self.config = Config.named(name, **(dict(encoder_dim=dim) if teacher else dict(projector=None)))
         self.model = SiT(self.config).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         params = [p for p in self.model.parameters() if p.requires_grad]
@@ -117,6 +124,12 @@ class Step:
         self.n += 1
         return loss.item()
 
+    def flops(self):
+        """Of a forward pass of an image."""
+        with FlopCounterMode(display=False) as counted, self.autocast():  # the average is not compiled
+            self.ema(self.x[:1], torch.zeros(1, device=self.device), self.y[:1])
+        return counted.get_total_flops()
+
 
 def again(model, update):
     """The update with the gradients that the model has now, as often as it is called: an update takes them away."""
@@ -130,36 +143,63 @@ def again(model, update):
     return call
 
 
-def random_teacher(args, device):
-    return load_encoder(args.encoder, 16, None if args.encoder in DRAWN else "random", device)
+def random_teacher(name, device):
+    return load_encoder(name, 16, None if name in DRAWN else "random", device)
+
+
+def from_cache(folder, teacher, batch_size, device):
+    """A cache of tokens for eight batches in `folder` -> a function that reads a shuffled batch, as train.py does."""
+    count, order = 8 * batch_size, np.random.default_rng(0)
+    shards = Shards(folder, "tokens", count, count, (256, teacher.dim), "")
+    np.save(shards.path(0), order.standard_normal((count, 256, teacher.dim), np.float32).astype(np.float16))
+
+    def read(images):
+        return torch.from_numpy(shards[order.permutation(count)[:batch_size]]).to(device).float()
+
+    return read
 
 
 def train(args, device):
     rate = matmul_rate(device)
     print(f"measured bf16 matrix product: {rate / 1e12:.2f} TFLOP/s")
-    teacher = random_teacher(args, device)
     rows = []
-    for name in args.models:
-        for encoder in (None, teacher):
+    for encoder in args.encoders:
+        teacher = random_teacher(encoder, device)
+        for name in args.models:
             for compiled in (False, True) if args.compile else (False,):
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                step = Step(name, args, device, encoder, compiled)
-                with FlopCounterMode(display=False) as flops, step.autocast():  # the average is not compiled
-                    step.ema(step.x[:1], torch.zeros(1, device=device), step.y[:1])
-                seconds = windows({"step": step}, args.windows, device)["step"]
-                step.loss(step.teacher()).backward()
-                parts = dict(teacher=step.teacher, update=again(step.model, step.update))
-                parts = windows(parts, args.windows, device)
-                needed = 3 * flops.get_total_flops() * args.batch_size
-                rows.append({"model": name, "teacher": args.encoder if encoder else "none"})
-                rows[-1].update({"compiled": compiled, "images/s": args.batch_size / seconds, "ms/step": 1e3 * seconds})
-                rows[-1].update({"MFU": needed / seconds / rate, "peak MiB": round(peak_memory(device))})
-                rows[-1].update({"in teacher": parts["teacher"] / seconds, "in update": parts["update"] / seconds})
-                del step
+                with tempfile.TemporaryDirectory() as folder:
+                    cached = from_cache(folder, teacher, args.batch_size, device)
+                    at_hand = teacher(torch.zeros(args.batch_size, 3, 256, 256, dtype=torch.uint8, device=device))
+                    kinds = {"none": None, "at hand": lambda images: at_hand, "cached": cached, "live": teacher}
+                    rows += rivals_of(name, encoder, kinds, teacher.dim, compiled, rate, args, device)
     table(
-        f"training, batch {args.batch_size}, 256 tokens; MFU = 3 forward FLOP a step / seconds / the rate above", rows
+        f"training, batch {args.batch_size}, 256 tokens; none: SiT, without alignment; at hand: iREPA with tokens that"
+        " cost nothing; MFU = 3 forward FLOP a step / seconds / the rate above",
+        rows,
     )
+    return rows
+
+
+def rivals_of(name, encoder, kinds, dim, compiled, rate, args, device):
+    """A row of the table for each kind of teacher, measured in turns."""
+    steps, peaks, rows = {}, {}, []
+    for kind in ("none", "live"):
+        steps[kind], peaks[kind] = peak_memory(lambda: Step(name, args, device, kinds[kind], dim, compiled), device)
+    for kind in ("at hand", "cached"):  # the same network
+        steps[kind] = copy.copy(steps["live"])
+        steps[kind].encoder = kinds[kind]
+    seconds = windows(steps, args.windows, device)
+    for kind in kinds:
+        step = steps[kind]
+        step.loss(step.teacher()).backward()
+        parts = dict(teacher=step.teacher, update=again(step.model, step.update))
+        parts = windows(parts, args.windows, device)
+        needed = 3 * step.flops() * args.batch_size
+        rows.append({"model": name, "teacher": encoder, "tokens": kind, "compiled": compiled})
+        rows[-1].update({"images/s": args.batch_size / seconds[kind], "ms/step": 1e3 * seconds[kind]})
+        rows[-1].update({"times none": seconds[kind] / seconds["none"], "MFU": needed / seconds[kind] / rate})
+        rows[-1].update({"in teacher": parts["teacher"] / seconds[kind], "in update": parts["update"] / seconds[kind]})
+        rows[-1].update({"peak MiB": peaks.get(kind)})
     return rows
 
 
@@ -312,9 +352,10 @@ def add_rows(rows, name, what, seconds, pairs, args):
 
 def official(args, device):
     """Their network, loss, spatial norm and sampler in the loop that they train with, on our weights and teacher."""
-    teacher, rows = random_teacher(args, device), []
+    (encoder,) = args.encoders
+    teacher, rows = random_teacher(encoder, device), []
     for name in args.models:
-        ours = Step(name, args, device, teacher, args.compile)
+        ours = Step(name, args, device, teacher, teacher.dim, args.compile)
         with torch.no_grad():  # a new model's gates are 0: nothing to compare
             for p in ours.opt.param_groups[0]["params"]:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=0.02)
@@ -345,7 +386,7 @@ def official(args, device):
         pairs = [("theirs", what) for what in ("ours", "ours, bf16", "ours, compiled", "ours, compiled, bf16")]
         add_rows(rows, name, "sampling, SDE", windows(rivals, args.windows, device), pairs, args)
         torch.set_float32_matmul_precision("highest")
-    table(f"the official release, batch {args.batch_size}, {args.encoder}, sampling in {args.steps} steps", rows)
+    table(f"the official release, batch {args.batch_size}, {encoder}, sampling in {args.steps} steps", rows)
     return rows
 
 
@@ -424,7 +465,7 @@ def main(argv=None):
     calls = dict(train=train, sample=sample, data=data, official=official, fid=evaluator)
     add("what", choices=calls)
     add("--models", nargs="+", default=["SiT-S/2", "SiT-B/2"], help="SiT-XL/2 and so on")
-    add("--encoder", default="dinov2_vitb14", help="the teacher, with random weights")
+    add("--encoders", nargs="+", default=["dinov2_vitb14"], help="teachers, with random weights; official takes one")
     add("--batch-size", type=int, default=16)
     add("--steps", type=int, default=10, help="of sampling")
     add("--windows", type=int, default=5)
@@ -443,6 +484,8 @@ def main(argv=None):
         for name in ("batch_size", "steps", "windows", "images"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+        if args.what == "official" and len(args.encoders) > 1:
+            raise ValueError(f"official takes one teacher, not {' '.join(args.encoders)}")
         if args.what not in ("data", "fid"):
             [Config.named(name) for name in args.models]  # all are known before the first is measured
         device = pick_device(args.device)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import fid
 from inputs.images import ImageSet
-from inputs.latents import Cached, read_manifest
+from inputs.latents import Cached, manifest_of
 from plumbing.checkpoints import open_checkpoint
 from plumbing.files import mistakes
 from plumbing.flags import make_parser
@@ -212,7 +212,7 @@ def fuzz(work, count, seed):
     cache, mutant = work / "cache", work / "mutant"
 
     def cached(_):
-        read_manifest(cache)
+        manifest_of(cache)
         latents = Cached(data, cache)
         latents[np.arange(len(data))]
         latents.statistics()

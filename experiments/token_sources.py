@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from inputs.formats import listing
 from inputs.teachers import DRAWN, find_encoder, load_encoder
+from inputs.tokens import Tokens
 from plumbing.files import one_line, read_pt, shown
 
 GRID = 16  # tokens a side
@@ -154,17 +155,13 @@ def places_of(files, names):
     return [place.get(file, place.get(file.replace("\\", "/"))) for file in files]  # the separator in zips of Windows
 
 
-def open_cache(path, name):
-    """The tokens of the encoder `name` in the cache `path`, as inputs.tokens.Tokens has them. ValueError otherwise."""
-    raise ValueError(f"--tokens {path}: caches of tokens cannot be read yet")
-
-
 def from_cache(cache, path, files):
     """A cache's tokens of the images `files` -> Stored. ValueError where it is not of exactly these images."""
-    rows = places_of(files, cache.files)
-    if None in rows or len(rows) != len(cache.files):
-        rest = set(range(len(cache.files))).difference(rows)
-        other = f"no {shown(files[rows.index(None)])}" if None in rows else f"also {shown(cache.files[min(rest)])}"
+    names = cache.images.files
+    rows = places_of(files, names)
+    if None in rows or len(rows) != len(names):
+        rest = set(range(len(names))).difference(rows)
+        other = f"no {shown(files[rows.index(None)])}" if None in rows else f"also {shown(names[min(rest)])}"
         raise ValueError(f"--tokens {path} is of other images: it has {other}")
     return Stored(cache, np.array(rows), path)
 
@@ -182,13 +179,12 @@ def choose_sources(args, files):
     if sources and not args.data:
         raise ValueError(f"--encoders {' '.join(source.name for source in sources.values())}: name images with --data")
     for name in cached:
-        cache = open_cache(args.tokens, name)
-        if args.data and cache.image_size != args.image_size:
-            raise ValueError(
-                f"--tokens {args.tokens} is of crops of {cache.image_size} px: --image-size {cache.image_size}"
-            )
-        files = files or sorted(cache.files)
-        sources[name] = from_cache(cache, args.tokens, files)
+        cache = Tokens(args.tokens, name, GRID)
+        side = cache.images.size
+        if args.data and side != args.image_size:
+            raise ValueError(f"--tokens {args.tokens} is of crops of {side} px: --image-size {side}")
+        files = files or sorted(cache.images.files)
+        sources[name + RANDOM * cache.random] = from_cache(cache, args.tokens, files)
     sources |= choose_features(args.features, sources)
     count = len(files) if files else len(next(iter(sources.values())).rows)
     for title, source in sources.items():
@@ -205,10 +201,10 @@ def choose_sources(args, files):
 
 def read_labels(args, sources, files):
     """-> (int64 [N] of all images, names of the classes): of --data's folders or dataset.json, or of a cache."""
-    cache = next((s.tokens for s in sources.values() if hasattr(s, "tokens") and hasattr(s.tokens, "labels")), None)
-    if not args.data and not cache:
+    caches = [source.tokens.images for source in sources.values() if isinstance(getattr(source, "tokens", 0), Tokens)]
+    if not args.data and not caches:
         raise ValueError("--probe needs labels: those of the class folders of --data, or of a cache of --tokens")
-    found = listing(args.data) if args.data else cache
+    found = listing(args.data) if args.data else caches[0]
     rows = places_of(files, found.files)
     if None in rows:
         raise ValueError(f"{shown(args.data)} has no label of {shown(files[rows.index(None)])}")

@@ -1,11 +1,14 @@
 """A set of images with labels, each as the square crop that the model sees: fid.py's, so that references have the same.
 
-A data set here has .classes (names), len(), and data[indices] -> Batch.
+A data set here has .classes (names), .labels, len(), data[indices] -> Batch, and .quick: whether that is a mere copy.
 """
 
+import functools
+import hashlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +20,23 @@ from fid import PIXELS, center_crop, to_rgb
 from inputs.formats import listing
 from plumbing.files import shown
 
+DATA = "data/imagenet/train"  # where no --data is given
 IN_MEMORY = 2**30  # bytes of decoded images up to which a data set is decoded once and kept
 CHECK_ALL = 100_000  # above this many images, they are not all opened beforehand
 NEIGHBOURS = 100  # how many are tried in the place of a broken one
 Image.MAX_IMAGE_PIXELS = None  # Pillow takes a file of so many for an attack; these are the user's own
+
+
+@dataclass
+class Source:
+    """Which images: the knobs of each program that reads some."""
+
+    # data
+    data: str | None = None  # folder, .zip, parquet or Hugging Face; default: data/imagenet/train
+    image_size: int = 256  # side in pixels; images are centre-cropped to it as in ADM
+    skip_broken: bool = False  # let the next image stand in for one that cannot be decoded
+    # run
+    device: str = "auto"  # auto, cpu, cuda, mps
 
 
 class BrokenImage(ValueError):
@@ -33,6 +49,8 @@ class Batch(NamedTuple):
     images: torch.Tensor | None  # uint8 [B, 3, S, S]
     labels: torch.Tensor  # int64 [B]
     moments: torch.Tensor | None = None  # of a VAE's posterior, [B, 2C, h, w], from a cache
+    tokens: torch.Tensor | None = None  # of a teacher, [B, T, D], from a cache
+    numbers: torch.Tensor | None = None  # of the images in the set, int64 [B]: of one that stands in, its own
     replaced: int = 0  # images that cannot be decoded, with another in their place
 
 
@@ -53,18 +71,19 @@ class ImageSet:
 
     Sets of up to IN_MEMORY bytes are decoded once. An image that cannot be decoded raises BrokenImage, of up to
     CHECK_ALL images (or with check_all) at once; with skip_broken the next one that can be stands in for it, with its
-    label: of those that train, for one that trains, and else a held-out one.
+    label: of those that train, for one that trains, and else a held-out one. needed: whether any is to be decoded.
     ValueError or FileNotFoundError, with what to do, where there is nothing to train on.
     """
 
-    def __init__(self, path, size, skip_broken=False, progress=True, check_all=False):
+    def __init__(self, path, size, skip_broken=False, progress=True, check_all=False, needed=True):
         self.path, self.size, self.skip_broken = str(path), size, skip_broken
         self.kind, self.files, self.labels, self.classes, self.source, self.notes = listing(path)
         self.images, self.instead, self.broken = None, {}, []  # instead: broken image -> the one that stands in
-        in_memory = len(self) * 3 * size**2 <= IN_MEMORY
+        in_memory = needed and len(self) * 3 * size**2 <= IN_MEMORY
         if in_memory:
             self.images = np.empty((len(self), size, size, 3), np.uint8)
-        if in_memory or check_all or len(self) <= CHECK_ALL:
+        self.quick = in_memory
+        if in_memory or check_all or (needed and len(self) <= CHECK_ALL):
             self.decode_all(progress)
 
     def __str__(self):
@@ -102,6 +121,12 @@ class ImageSet:
                 self.instead[i], self.labels[i] = j, self.labels[j]
                 if self.images is not None:
                     self.images[i] = self.images[j]
+
+    @functools.cached_property
+    def digest(self):
+        """Of the names of the files and their sizes in bytes: other images seldom have both the same."""
+        lines = "\n".join(f"{file} {size}" for file, size in zip(self.files, self.source.sizes()))
+        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
     def decode(self, i):
         """Image i -> uint8 [size, size, 3]. BrokenImage, with its name, if it cannot be read."""
@@ -147,12 +172,13 @@ class ImageSet:
         else:
             images, used = zip(*map(self.decode_near, used))
             images = np.stack(images)
-        labels, replaced = self.labels[list(used)], sum(i != j for i, j in zip(indices, used))
-        return Batch(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), replaced=int(replaced))
+        replaced, used = sum(i != j for i, j in zip(indices, used)), np.array(used)
+        images, labels, numbers = map(torch.from_numpy, (images, self.labels[used], used))
+        return Batch(images.permute(0, 3, 1, 2), labels, numbers=numbers, replaced=int(replaced))
 
 
 def workers_for(data):
-    """Decoding processes for a data set: none where its images are in memory."""
-    if getattr(data, "images", True) is not None:
+    """Processes that read a data set: none where it is quick."""
+    if data.quick:
         return 0
     return min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

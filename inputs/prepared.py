@@ -8,6 +8,7 @@ Row i, in the order of sorted names where there are names, belongs to image i of
 VAE.
 """
 
+import math
 import os
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from inputs.hugging_face import need_datasets
-from inputs.images import Batch, BrokenImage
+from inputs.images import IN_MEMORY, Batch, BrokenImage
 from inputs.labels import numbered, read_json
 from inputs.latents import Cached, mean_and_std, sums_of
 from plumbing.files import one_line
@@ -57,7 +58,7 @@ class Prepared:
 
     def __init__(self, data, rows, spec, image_size, images=True):
         self.data, self.rows, self.decode, self.spec = data, rows, images, None  # it is not in their files
-        self.classes, self.labels, self.images = data.classes, data.labels, data.images
+        self.classes, self.labels = data.classes, data.labels
         if hasattr(data, "files"):
             self.files = data.files
         if len(rows) != len(data):
@@ -66,6 +67,7 @@ class Prepared:
                 " belongs to the image in its place, so that none may be left out on either side"
             )
         self.shape = 2 * spec["channels"], image_size // spec["factor"], image_size // spec["factor"]
+        self.quick = (data.quick or not images) and 4 * len(rows) * math.prod(self.shape) <= IN_MEMORY
         some = self.moments(spread(len(rows), LOOK))
         if not np.isfinite(some).all() or some[:, spec["channels"] :].min() <= 0:
             raise ValueError(
@@ -210,7 +212,7 @@ class HuggingFace:
 class Labels:
     """A data set of labels alone: data[indices] -> Batch without images. Class names are their numbers."""
 
-    images, broken = None, ()
+    broken, quick = (), True
 
     @staticmethod
     def takes(path):

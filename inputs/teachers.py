@@ -1,6 +1,8 @@
 """Teachers: frozen encoders whose patch tokens the transformer is aligned with.
 
     python -m inputs.teachers            the table: names, sizes, licences, and the files that offline machines need
+    python -m inputs.teachers --data data/imagenet/train --encoder dinov2_vitb14 --out data/imagenet/tokens-256
+                                         writes the tokens of each image, for train.py --tokens; torchrun shares it out
 
 load_encoder(name, grid) -> teacher; teacher(images uint8 [B, 3, H, W]) -> tokens [B, grid*grid, teacher.dim], raw:
 the spatial norm is the method's, not the teacher's. A name is hog or sift (no weights), one of inputs/encoders.py, or
@@ -10,6 +12,10 @@ timm:<id>, any network that timm makes maps of; NAME@N picks the N-th of these, 
 import difflib
 import pkgutil
 import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,8 +25,22 @@ import torch.nn.functional as F
 from inputs.descriptors import Hog, Sift, towards
 from inputs.encoders import ENCODERS, Encoder, list_encoders, package_of, weights_file
 from inputs.foreign import build_webssl, fit, lite_names, mocov3_names, read_weights, timm_names, webssl_names
-from plumbing.files import one_line
-from plumbing.processes import fast_bf16
+from inputs.images import DATA, ImageSet, Source
+from inputs.tokens import Tokens, folder_of, write_tokens
+from plumbing.files import mistakes, one_line
+from plumbing.flags import add_flags, make_parser
+from plumbing.processes import fast_bf16, is_first, pick_device, start_ranks
+
+
+@dataclass
+class TeacherSource(Source):
+    """Images and the teacher that sees them."""
+
+    # teacher
+    encoder: str = "hog"  # hog, sift, a name that python -m inputs.teachers lists, timm:<id>; @N picks a map or block
+    encoder_weights: str | None = None  # local file instead of a download; 'random' is for tests only
+    cls_weight: float = 0.0  # A: tokens become (1 - A) times themselves plus A times the class token, or their mean
+
 
 DRAWN = {"hog": Hog, "sift": Sift}  # made by hand: no weights
 
@@ -304,5 +324,79 @@ class Teacher(nn.Module):
         return found.flatten(2).transpose(1, 2), prefix
 
 
+# ---- Command line ----
+
+
+@dataclass
+class Cache(TeacherSource):
+    grid: int = 16  # tokens a side: the side of the images or latents, divided by the patch of the transformer
+    out: str = ""  # folder of the caches, of each encoder one
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        print(list_encoders(DRAWN))
+        return
+    usage = "[--data PATH --image-size N --encoder NAME [NAME ...] --grid N --out DIR [flags], which --help lists]"
+    parser = make_parser("python -m inputs.teachers", __doc__, usage)
+    parser.add_argument("--encoder", nargs="+", default=[], metavar="NAME", help="one after the other")
+    add_flags(parser, Cache, leave_out=["encoder"])
+    with mistakes("inputs.teachers"):
+        asked = Cache(**vars(parser.parse_args(argv)))
+        entries = checked(asked)
+        device = pick_device(asked.device)
+        data = ImageSet(asked.data or DATA, asked.image_size, asked.skip_broken, is_first(), asked.skip_broken)
+        if is_first():
+            print("\n".join([str(data), *(f"another image stands in: {broken}" for broken in data.broken)]))
+        refuse_full_disk(asked, entries, len(data))
+        ranks = start_ranks(device, 24 * 60)  # the first to finish waits for the last
+        for name in asked.encoder:
+            start = time.time()
+            teacher = load_encoder(name, asked.grid, asked.encoder_weights, device, asked.cls_weight)
+            teacher(torch.zeros(1, 3, *[asked.image_size] * 2, dtype=torch.uint8, device=device))  # may be too small
+            random = asked.encoder_weights == "random"
+            written = write_tokens(data, teacher, name, asked.out, device, ranks, random)
+            if is_first():
+                tokens = Tokens(asked.out, name, asked.grid, asked.cls_weight)  # checks every shard
+                size = tokens.shards.bytes() / 2**20
+                print(
+                    f"{tokens.path}: the tokens of {len(data)} images, {size:.1f} MiB, complete;"
+                    f" {written} shards written here in {time.time() - start:.0f} s"
+                )
+        ranks.part()
+
+
+def checked(asked):
+    """-> {encoder: its Encoder, None for hog and sift}. ValueError, naming the flag, where something does not fit."""
+    if not asked.out or not asked.encoder:
+        raise ValueError("name teachers with --encoder, and a folder with --out")
+    if asked.encoder_weights not in (None, "random") and len(asked.encoder) > 1:
+        raise ValueError(f"--encoder-weights {asked.encoder_weights} is of one encoder: name one at a time")
+    if asked.grid < 1 or asked.image_size < 1:
+        raise ValueError("--grid and --image-size must be positive")
+    inside = [file for file in Path(asked.out).glob("*") if file.is_file()]
+    if inside:
+        raise ValueError(f"{asked.out} holds something else, as {inside[0].name}; name a new folder with --out")
+    folders = [folder_of(asked.out, name) for name in asked.encoder]
+    if len({*folders}) < len(folders):
+        raise ValueError(f"--encoder {' '.join(asked.encoder)}: name each once")
+    return {name: find_encoder(name, asked.encoder_weights, asked.cls_weight) for name in asked.encoder}
+
+
+def refuse_full_disk(asked, entries, count):
+    """Say how many bytes the caches take. ValueError where the disk has not so many."""
+    needed, out = 0, Path(asked.out)
+    for name, entry in entries.items():
+        there = sum(file.stat().st_size for file in folder_of(out, name).glob("tokens-*.npy"))
+        needed += max(0, 2 * count * asked.grid**2 * (entry or DRAWN[name]).dim - there)
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    said = f"{needed / 1e9:.3g} GB of tokens are to be written to {out}, where {free / 1e9:.3g} GB are free"
+    if needed > free:
+        raise ValueError(f"{said}: make room, or name another --out")
+    if is_first():
+        print(said)
+
+
 if __name__ == "__main__":
-    print(list_encoders(DRAWN))
+    main()

@@ -188,6 +188,9 @@ def same_run(run, config, data, spec, checkpoint):
     for key in new:
         if old.get(key, new[key]) != new[key]:
             raise ValueError(f"{run.out} was started with {key} {old[key]}, not {new[key]}; start another --out")
+    before, now = checkpoint.get("weights_sha256"), getattr(data, "weights_sha256", None)
+    if before and now and before != now:
+        raise ValueError(f"{run.tokens} is of other weights of the encoder than those that {run.out} was started with")
     if spec:
         same_spec(spec, checkpoint["latent"], f"{run.out}/last.pt")
 

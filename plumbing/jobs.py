@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from inputs.images import BrokenImage, ImageSet
-from inputs.latents import open_vae
+from inputs.images import DATA, BrokenImage, ImageSet
+from inputs.latents import manifest_of, open_vae
 from inputs.prepared import Labels, open_latents
 from inputs.shapes import Shapes
+from inputs.shards import Recorded, labels_of
 from inputs.teachers import find_encoder, load_encoder
+from inputs.tokens import Taught, Tokens
 from inputs.vae import FITS, SCALE, VAES, Latents, read_stats, same_spec
 from irepa import draws, stream
 from plumbing.checkpoints import initial_weights, refuse_used, same_run, save_checkpoint
@@ -25,8 +27,8 @@ class Job(NamedTuple):
     run: Run  # the flags
     method: Method
     config: object  # the method's Config
-    data: object  # the images: ImageSet or Shapes, these with latents, or Labels with latents
-    teacher: object  # of load_encoder, or None
+    data: object  # images, or labels alone, with what caches have of each
+    teacher: object  # of load_encoder, or None: there is none, or the data have its tokens
     latent: Latents | None  # None of a run on pixels
     device: torch.device
     checkpoint: dict | None  # to go on from
@@ -57,26 +59,18 @@ def open_job(argv, description):
         refuse_used(Path(run.out))
     if run.vae is None or run.vae in VAES:
         network_config(run, method)  # what does not fit together is said before anything slow
-    if method.Config.named(run.model, **run.network).projector:
+    if method.Config.named(run.model, **run.network).projector and not run.tokens:
         find_encoder(run.encoder, run.encoder_weights, run.cls_weight)
     device = pick_device(run.device)
     latent = open_vae(run, device)
     spec = latent.spec if latent else None
     shape = network_config(run, method, spec)
-    size = run.image_size
-    if run.demo:
-        data = images = Shapes(size, 10_000)
-    elif Labels.takes(run.data):
-        if not run.latents:
-            raise ValueError(f"{run.data} holds labels alone, which go with --latents")
-        if shape.projector:
-            raise ValueError(f"{run.data} holds labels alone, and the teacher looks at images: --method sit has none")
-        data = images = Labels(run.data)
-    else:
-        data = images = ImageSet(run.data, size, run.skip_broken, is_first())
+    size, grid = run.image_size, shape.input_size // shape.patch_size
+    tokens = Tokens(run.tokens, run.encoder, grid, run.cls_weight) if run.tokens and shape.projector else None
+    data = images = open_images(run, tokens, bool(shape.projector))
     said = []
     if run.latents:
-        data = open_latents(run.latents, data, spec, size, images=shape.projector is not None)
+        data = open_latents(run.latents, data, spec, size, images=shape.projector and not tokens)
         if data.spec:
             same_spec(spec, data.spec, run.latents, FITS)
         else:
@@ -84,11 +78,13 @@ def open_job(argv, description):
     if latent and not method.stored_vae:  # such a method scales its latents itself
         said.append(scale_latents(run, spec, data, checkpoint))
     teacher = None
-    if shape.projector:
-        grid = shape.input_size // shape.patch_size
+    if tokens:
+        labels_of(tokens.path, tokens.manifest, images)
+        data = Taught(data, tokens)
+    elif shape.projector:
         teacher = load_encoder(run.encoder, grid, run.encoder_weights, device, run.cls_weight)
         teacher(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))  # which it may find too small
-    config = network_config(run, method, spec, len(data.classes), teacher.dim if teacher else 1)
+    config = network_config(run, method, spec, len(data.classes), (tokens or teacher).dim if shape.projector else 1)
     if len(data.classes) == 1 and run.sample_cfg != 1:
         run.sample_cfg = 1.0
         if is_first():
@@ -103,9 +99,33 @@ def open_job(argv, description):
             print(sentence)
         for broken in [] if run.demo else images.broken:
             print(f"another image stands in: {broken}")
-        if teacher and run.encoder_weights == "random":
+        if run.tokens and not shape.projector:
+            print(f"note: --method {run.method} has no teacher, so that --tokens is not read")
+        if run.encoder_weights == "random" if teacher else tokens and tokens.random:
             print("warning: the teacher's weights are random; this is for tests only")
     return Job(run, method, config, data, teacher, latent, device, checkpoint, initial)
+
+
+def open_images(run, tokens, aligned):
+    """The images or labels of --data; where nobody opens an image and --data is left out, what a cache has of them."""
+    if run.demo:
+        return Shapes(run.image_size, 10_000)
+    needed = not run.latents or (aligned and not tokens)
+    if run.data is None and not needed:
+        if tokens:
+            return tokens.images
+        if (Path(run.latents) / "manifest.json").exists():
+            return Recorded(run.latents, manifest_of(run.latents))
+    run.data = run.data or DATA
+    if not Labels.takes(run.data):
+        return ImageSet(run.data, run.image_size, run.skip_broken, is_first(), needed=needed)
+    if not run.latents:
+        raise ValueError(f"{run.data} holds labels alone, which go with --latents")
+    if needed:
+        raise ValueError(
+            f"{run.data} holds labels alone, and the teacher looks at images: --method sit has none, --tokens has its"
+        )
+    return Labels(run.data)
 
 
 def start_from(run, method, config, data, latent, device):
@@ -159,6 +179,7 @@ def begin_log(job, networks, ranks, start, training):
     """Write the settings, say what begins -> the path of the log."""
     run, was = job.run, job.checkpoint
     record = dict(run.record(), **versions(), config=asdict(job.config), classes=job.data.classes)
+    record.update(weights_sha256=getattr(job.data, "weights_sha256", None))  # of the teacher of a cache
     record.update(hardware=device_name(job.device), world_size=ranks.world, bf16=job.bf16, images=len(job.data))
     for name, net in networks.items():
         count = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -186,6 +207,7 @@ def save(learner, stored, done, meter):
     state = {name: entry.state_dict() for name, entry in stored.items()}
     state.update(learner.facts(), config=asdict(job.config), settings=run.record(), step=done, seconds=meter.seconds)
     state.update(classes=job.data.classes, images=len(job.data), processes=meter.world)
+    state.update(weights_sha256=getattr(job.data, "weights_sha256", None))
     return warned(lambda: save_checkpoint(Path(run.out), state, run.keep))
 
 

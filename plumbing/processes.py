@@ -59,6 +59,14 @@ class Ranks(NamedTuple):
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.cpu_group)
         return bool(found)
 
+    def gather(self, tensor):
+        """The tensors of all, of one shape, one after the other."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.cpu_group if tensor.device.type == "cpu" else None)
+        return torch.cat(parts)
+
     def meet(self):
         if self.world > 1:
             dist.barrier()

@@ -38,8 +38,9 @@ class Meter:
         self.sums = {k: self.sums[k] + v for k, v in terms.items()} if self.sums else terms
         self.skips.append(skipped)
 
-    def row(self, images):
-        """-> the means since the last row, over all processes; `images` is how many a step sees.
+    def row(self, images, teacher=0.0):
+        """-> the means since the last row, over all processes; `images` is how many a step sees, `teacher` the seconds
+        that this process spent in the teacher.
 
         FloatingPointError, with the images of the first of them, at PATIENCE non-finite steps in a row.
         """
@@ -55,6 +56,7 @@ class Meter:
         row = dict(step=self.since + steps, **dict(zip(self.sums, means)), skipped=sum(flags))
         row.update(replaced=int(replaced), seconds=self.seconds)
         row["images_per_s"] = steps * images / (self.seconds - self.last)
+        row["teacher"] = teacher / (self.seconds - self.last)  # its share of the time
         self.since, self.last, self.sums, self.skips = self.since + steps, self.seconds, None, []
         self.replaced = 0
         return row

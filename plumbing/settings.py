@@ -11,7 +11,8 @@ import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from inputs.latents import Source, settle_vae
+from inputs.latents import VaeSource, settle_vae
+from inputs.teachers import TeacherSource
 from plumbing.checkpoints import listed, read_last
 from plumbing.files import one_line
 from plumbing.flags import add_flags, make_parser, takes_none
@@ -20,7 +21,7 @@ from plumbing.methods import ALIGNMENTS, OWN, method_named, method_names
 # the data, the VAE and the teacher say what these are
 FOUND = ("input_size", "in_channels", "num_classes", "encoder_dim")
 # of a run's config.json, what is no setting
-FACTS = "git_commit torch numpy python config classes hardware world_size bf16 images parameters".split()
+FACTS = "git_commit torch numpy python config classes hardware world_size bf16 images parameters weights_sha256".split()
 
 # --demo; drawn shapes take the place of --data
 DEMO = dict(
@@ -31,7 +32,7 @@ DEMO = dict(
 
 
 @dataclass
-class Run(Source):
+class Run(VaeSource, TeacherSource):
     """The run's own knobs. The defaults are the paper's setting."""
 
     # method
@@ -41,9 +42,8 @@ class Run(Source):
     init: str | None = None  # start from this checkpoint's weights, ours or others': the average, where there is one
     released: str | None = None  # whose file --init is, where it does not show: sit (SiT's own) or dit
     # teacher
-    encoder: str = "hog"  # hog, sift, a name that python -m inputs.teachers lists, timm:<id>; @N picks a map or block
-    encoder_weights: str | None = None  # local file instead of a download; 'random' is for tests only
-    cls_weight: float = 0.0  # A: tokens become (1 - A) times themselves plus A times the class token, or their mean
+    tokens: str | None = None  # folder with the encoder's tokens, of python -m inputs.teachers: no teacher is built
+    token_memory: float = 2.0  # GiB: where the tokens of all images take no more, each is computed once a run
     # data
     demo: bool = False  # a preset: drawn shapes and a small model, minutes on two CPU cores
     workers: int | None = None  # decoding processes a rank; by default none where images are kept in memory
@@ -108,8 +108,9 @@ def resolve(argv=None, description=None):
     given = vars(parser_of(method, model, description).parse_args(argv))
     if chosen.resume and "init" in given:
         raise ValueError(f"--init starts a run, and --resume goes on from {out}/last.pt: leave one of them out")
-    if demo and "data" in given:
-        raise ValueError("--demo draws its own images: leave --data out, or --demo")
+    for name in ("data", "tokens") if demo else ():
+        if name in given:
+            raise ValueError(f"--demo draws its own images: leave --{name} out, or --demo")
     if demo and "model" in given:  # a size asked for by name is that size
         demo = {k: v for k, v in demo.items() if k not in ("hidden_size", "depth", "num_heads", "encoder_depth")}
     elif demo:
@@ -164,7 +165,7 @@ def parser_of(method, model, description):
     parser = make_parser("train.py", description)
     preset = {k: f"{v}; it follows --batch-size" for k, v in method.scaled(Run.batch_size).items()}
     preset.update(method.TRAINING)
-    preset = {k: v for k, v in preset.items() if k in Run.__annotations__ or k in Source.__annotations__}
+    preset = {k: v for k, v in preset.items() if k in {f.name for f in fields(Run)}}
     add_flags(
         parser,
         Run,
@@ -242,6 +243,12 @@ def check(run, method):
         )
     if run.latents and run.vae is None:
         raise ValueError("--latents goes with a --vae, and with images from 128 px up")
+    if run.tokens and run.flip:
+        raise ValueError("--flip mirrors images, and --tokens holds none of mirrored ones: --no-flip, or no --tokens")
+    if run.tokens and run.encoder_weights:
+        raise ValueError("--tokens holds what an encoder's weights have made: leave --encoder-weights out")
+    if not run.token_memory >= 0:
+        raise ValueError(f"--token-memory must not be negative, and is {run.token_memory}")
     if run.latents and run.flip:
         raise ValueError("--flip mirrors images, and --latents holds no mirrored ones: leave one of them out")
     if run.vae == "tiny" and method.Learner is None:

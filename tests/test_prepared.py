@@ -38,7 +38,7 @@ def write_hugging_face(folder, rows, column="data"):
 class Named:
     """A data set of files and labels, without the images."""
 
-    path, images = "named", None
+    path, quick = "named", True
 
     def __init__(self, labels, files):
         self.labels, self.files, self.classes = np.array(labels), files, [str(i) for i in range(max(labels) + 1)]

@@ -30,7 +30,7 @@ def test_flags_win_over_presets_and_presets_over_defaults(capsys):
     assert network("--image-size", "32", "--model", "SiT-L/4").encoder_depth == 8
     args = settings("--encoder", "dinov2_vitb14")  # the paper's
     assert (args.model, args.image_size, args.batch_size, args.lr, args.clip) == ("SiT-XL/2", 256, 256, 1e-4, 1.0)
-    assert (args.ema, args.steps, args.data, args.warmup) == (0.9999, 400_000, "data/imagenet/train", 0)
+    assert (args.ema, args.steps, args.data, args.warmup) == (0.9999, 400_000, None, 0)
     assert settings("--demo", "--steps", "7").steps == 7
     assert network("--demo", "--model", "SiT-B/8").hidden_size == 768 and network("--demo").hidden_size == 192
     assert network("--demo", "--depth", "1").encoder_depth == 1

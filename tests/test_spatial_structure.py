@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 
 from experiments import spatial_structure as spatial
-from experiments import token_sources
 from experiments.spatial_correlations import ranks, read_table, write_table
 from experiments.token_sources import pixels
+from inputs.images import ImageSet
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
+from inputs.tokens import write_tokens
+from plumbing.processes import Ranks
 from test_irepa import normal
 from tests.common import refused
 
@@ -140,7 +142,7 @@ def test_spatial_structure_of_drawn_shapes(drawn, tmp_path, capsys):
 
 @pytest.fixture(scope="session")
 def rooms(tmp_path_factory):
-    """Two classes of six images in folders, and their hog tokens as a .pt of the release, in a dict, and cut."""
+    """Two classes of six images in folders, and their hog tokens in a cache, a .pt of the release, a dict, cut."""
     root = tmp_path_factory.mktemp("rooms")
     for k, name in enumerate(("bright", "dark")):
         (root / "images" / name).mkdir(parents=True)
@@ -150,6 +152,8 @@ def rooms(tmp_path_factory):
     files = sorted((root / "images").rglob("*.png"))
     images = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
     tokens = load_encoder("hog", 16)(images)
+    data = ImageSet(root / "images", 64, progress=False)
+    write_tokens(data, load_encoder("hog", 16), "hog", root / "tokens", torch.device("cpu"), Ranks())
     torch.save(tokens, root / "hog-saved.pt")
     torch.save(dict(names=["a"], features=tokens), root / "dict.pt")
     torch.save(dict(a=tokens, b=tokens), root / "two.pt")
@@ -163,21 +167,6 @@ def rooms(tmp_path_factory):
         Image.open(files[i]).save(root / f"flat/{i}.png")
         Image.open(files[i]).save(root / f"few/{'ab'[i > 3]}/{i}.png")
     return root
-
-
-class Cache:
-    """Tokens as inputs.tokens.Tokens gives them, in an order of its own."""
-
-    image_size, classes = 64, ["bright", "dark"]
-
-    def __init__(self, root, backwards=True):
-        order = np.arange(12)[::-1] if backwards else np.arange(12)
-        names = [f.relative_to(root / "images").as_posix() for f in sorted((root / "images").rglob("*.png"))]
-        self.files, self.labels = [names[i] for i in order], (order >= 6).astype(np.int64)
-        self.tokens = torch.load(root / "hog-saved.pt")[order.tolist()].half()
-
-    def __getitem__(self, indices):
-        return self.tokens[indices]
 
 
 def measured(out, *flags):
@@ -202,8 +191,7 @@ def without_how(found):
     return {k: v for k, v in found.items() if k not in ("seconds", "weights", "tokens", "parameters", "ranks")}
 
 
-def test_features_and_caches_give_the_numbers_of_the_encoder_itself(rooms, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(token_sources, "open_cache", lambda path, name: Cache(rooms))
+def test_features_and_caches_give_the_numbers_of_the_encoder_itself(rooms, tmp_path, capsys):
     data, images = ("--data", rooms / "images"), ("--images", 11)
     live = measured(tmp_path / "live", *data, *images, "--encoders", "hog", "--probe")["hog"]
     features = (rooms / "hog-saved.pt", f"mine={rooms / 'dict.pt'}")
@@ -217,7 +205,7 @@ def test_features_and_caches_give_the_numbers_of_the_encoder_itself(rooms, tmp_p
     names = json.loads((tmp_path / "live/results.json").read_text())["images"]
     for flags in ((), data):
         out = tmp_path / f"cache{len(flags)}"
-        found = measured(out, *flags, *images, "--tokens", "DIR", "--encoders", "hog", "--probe")["hog"]
+        found = measured(out, *flags, *images, "--tokens", rooms / "tokens", "--encoders", "hog", "--probe")["hog"]
         assert json.loads((out / "results.json").read_text())["images"] == names
         assert found["lds"]["per_image"] == pytest.approx(live["lds"]["per_image"], abs=1e-3)  # of float16
         assert found["accuracy"]["per_fold"] == live["accuracy"]["per_fold"] and found["parameters"] is None
@@ -301,19 +289,18 @@ def test_any_name_comes_back_from_a_table(tmp_path):
         ("--data {0}/images --features {0}/nine.pt", "nine.pt has 9 images, and"),
         ("--features {0}/hog-saved.pt --encoders hog", "--encoders hog: name images with --data"),
         ("--features {0}/hog-saved.pt --show 0", "no images to draw without --data"),
-        ("--tokens {0}", "name those of its encoders that are to be measured with --encoders"),
-        ("--tokens {0} --encoders hog --weights hog=x", "with --tokens no encoder is run; leave it out"),
-        ("--tokens {0} --encoders hog pixels", "--encoders pixels: name images with --data"),
-        ("--data {0}/images --tokens {0} --encoders hog --image-size 32", "of crops of 64 px: --image-size 64"),
-        ("--data {0}/images/dark --tokens {0} --encoders hog", "--tokens {0} is of other images: it has no 0.png"),
-        ("--tokens {0} --encoders hog --features {0}/nine.pt", "nine.pt has 9 images, and {0} 12"),
+        ("--tokens {0}/tokens", "name those of its encoders that are to be measured with --encoders"),
+        ("--tokens {0}/tokens --encoders hog --weights hog=x", "with --tokens no encoder is run; leave it out"),
+        ("--tokens {0}/tokens --encoders hog pixels", "--encoders pixels: name images with --data"),
+        ("--data {0}/images --tokens {0}/tokens --encoders hog --image-size 32", "of crops of 64 px: --image-size 64"),
+        ("--data {0}/images/dark --tokens {0}/tokens --encoders hog", "/tokens is of other images: it has no 0.png"),
+        ("--tokens {0}/tokens --encoders hog --features {0}/nine.pt", "nine.pt has 9 images, and {0}/tokens 12"),
         ("--correlate {0}/t.csv {0}/t.csv {0}/t.csv", "hog is measured twice, here and before"),
         ("--correlate {0}/no.csv", "fid is missing"),
         ("--correlate {0}/empty.csv", "has no rows"),
     ],
 )
-def test_probe_and_sources_say_what_is_wrong(rooms, tmp_path, capsys, monkeypatch, flags, message):
-    monkeypatch.setattr(token_sources, "open_cache", lambda path, name: Cache(rooms))
+def test_probe_and_sources_say_what_is_wrong(rooms, tmp_path, capsys, flags, message):
     (rooms / "t.csv").write_text("encoder,fid,lds\nhog,9,1\n")
     (rooms / "no.csv").write_text("encoder,lds\nhog,9\n")
     (rooms / "empty.csv").write_text("# nothing\n")

@@ -112,7 +112,7 @@ def test_flips_depend_on_seed_and_step_and_teacher_and_network_see_the_same(phot
 
     def seen(start=0, ranks=Ranks(), **changes):
         changed = job._replace(run=replace(job.run, **changes))
-        return [(part, images) for (part, images, _, _), _ in train.feed(changed, indices, start, ranks)]
+        return [(part, batch.images) for part, batch in train.feed(changed, indices, start, ranks)]
 
     def flips_of(seed):
         flips = []
@@ -139,9 +139,11 @@ def test_flips_depend_on_seed_and_step_and_teacher_and_network_see_the_same(phot
     def teacher(images):
         shown.append(images.float() / 127.5 - 1)
 
-    watched = job._replace(teacher=teacher, method=replace(job.method, loss=loss))
-    learner = train.Learner(watched, Ranks(), indices)
-    learner.gradients(0, train.fetch(train.feed(job, indices, 0, Ranks()), 1)[0])
+    teacher.grid = teacher.dim = 1
+    learner = train.Learner(job._replace(method=replace(job.method, loss=loss)), Ranks(), indices)
+    target = train.Target(teacher, len(job.data), 0, Ranks(), job.device)
+    [(part, batch)] = train.fetch(train.feed(job, indices, 0, Ranks()), 1)[0]
+    learner.gradients(0, [(part, target(batch))])
     assert torch.equal(*shown) and torch.equal(shown[0], whole[0][1].float() / 127.5 - 1)
 
 

@@ -243,7 +243,7 @@ class Learner:
         model, disc = SiT(job.config).to(job.device), Discriminator(job.config.disc_width).to(job.device)
         if not job.checkpoint:
             few = sorted({i * len(indices) // 256 for i in range(256)})  # sets lie class by class
-            measure(model.bn, vae, job.data[indices[few]][0].to(job.device))
+            measure(model.bn, vae, job.data[indices[few]].images.to(job.device))
         self.networks = dict(model=model, vae=vae, disc=disc)
 
     def held_out(self, images, moments, part):
@@ -254,8 +254,8 @@ class Learner:
     def gradients(self, step, parts):
         job, config = self.job, self.job.config
         model, vae, disc = nets = [*self.networks.values()]
-        [(_, images, labels, _)] = parts
-        x, target = images.float() / 127.5 - 1, job.teacher(images) if job.teacher else None
+        [(_, batch)] = parts
+        x, labels, target = batch.images.float() / 127.5 - 1, batch.labels, batch.tokens
         noise, twin, again = (stream(k, job.run.seed, step, job.device) for k in ("posterior", "step", "step"))
         with job.autocast():
             terms, latent, recon = vae_loss(*nets, x, labels, target, config, self.perceptual, noise, twin, self.part)
