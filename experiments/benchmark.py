@@ -172,6 +172,7 @@ def train(args, device):
                     at_hand = teacher(torch.zeros(args.batch_size, 3, 256, 256, dtype=torch.uint8, device=device))
                     kinds = {"none": None, "at hand": lambda images: at_hand, "cached": cached, "live": teacher}
                     rows += rivals_of(name, encoder, kinds, teacher.dim, compiled, rate, args, device)
+                    print(f"{name} with {encoder}{', compiled' if compiled else ''} is measured", flush=True)
     table(
         f"training, batch {args.batch_size}, 256 tokens; none: SiT, without alignment; at hand: iREPA with tokens that"
         " cost nothing; MFU = 3 forward FLOP a step / seconds / the rate above",
