@@ -15,7 +15,8 @@ A comparison that was stopped goes on when it is started again; arms and seeds c
 
 The distance is FID where --inception gives the weights. Without it, it is `FD-classifier`: the same distance between
 the penultimate features of a small network that is trained here to classify the same images. It compares the arms of
-one comparison; it is no FID, and not comparable to any.
+one comparison; it is no FID, and not comparable to any. --also takes another in the mean tokens of a teacher, which
+should not be that of the arms.
 
 OUT holds results.json (all curves), table.md, curves.png, samples.png (the arms' images from the same noise).
 """
@@ -30,17 +31,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import fid
 import sample
 import train
-from experiments.convergence_report import report
+from experiments.convergence_report import measured, report
+from experiments.learned import classifier_for, learn_teacher, parts_of
 from inputs.images import ImageSet
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
+from inputs.tokens import weights_sha256
 from plumbing import jobs
 from plumbing.checkpoints import read_checkpoint
 from plumbing.files import mistakes, write_text, write_whole
@@ -63,11 +64,11 @@ ARMS = {
 # The paper's average has a constant decay and its samples random labels. The other budgets are ours: short runs, whose
 # average must forget the first weights, and few samples, which are drawn in equal numbers of each class.
 BUDGETS = {
-    "minutes": dict(
-        flags="--image-size 32 --model SiT-S/4 --hidden-size 128 --depth 4 --num-heads 2 --encoder-depth 2"
-        " --projector-dim 512 --batch-size 32 --steps 1600 --lr 2e-3 --warmup 100 --ema 0.995 --ema-warmup"
+    "laptop": dict(
+        flags="--image-size 32 --model SiT-S/4 --hidden-size 192 --depth 4 --num-heads 3 --encoder-depth 2"
+        " --projector-dim 512 --batch-size 64 --steps 2000 --lr 2e-3 --warmup 100 --ema 0.995 --ema-warmup"
         " --log-every 100",
-        points=4, images=500, sampling="--labels balanced --sampler heun --steps 10", learn=1000,
+        points=5, images=2000, sampling="--labels balanced --sampler heun --steps 10 --batch-size 250", learn=4000,
     ),
     "gpu": dict(
         flags="--image-size 32 --model SiT-S/2 --batch-size 256 --steps 1200 --lr 5e-4 --warmup 100 --ema 0.995"
@@ -80,73 +81,11 @@ BUDGETS = {
         points=8, images=50_000, sampling="--labels random --sampler sde --steps 250 --batch-size 64", learn=20_000,
     ),
 }  # fmt: skip
-OURS = "method align data demo encoder encoder-weights seed out resume".split()
+ALSO_GRID = 4  # tokens a side of --also: 128 px at stride 32
+OURS = "method align data demo encoder encoder-weights tokens seed out resume".split()
 
 
-# ---- What is learned here: the classifier of the distance, and the teacher ----
-
-
-class Classifier(nn.Module):
-    """uint8 [B, 3, H, W] -> logits [B, classes]; .features(images) -> [B, 128]. A residual network for 32 px.
-
-    Larger images are averaged down to 32 px first: the distance does not see what is finer.
-    """
-
-    def __init__(self, classes, width=32):
-        super().__init__()
-        widths = [width, width, 2 * width, 4 * width]
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.stages, self.shortcuts = nn.ModuleList(), nn.ModuleList()
-        for i, (a, b) in enumerate(zip(widths, widths[1:])):
-            stride = 1 if i == 0 else 2
-            first = nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()
-            self.stages.append(nn.Sequential(*first, nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b)))
-            self.shortcuts.append(nn.Conv2d(a, b, 1, stride))
-        self.head = nn.Linear(4 * width, classes)
-
-    def features(self, images):
-        x = images.float() / 127.5 - 1
-        if x.shape[-1] > 32:
-            x = F.adaptive_avg_pool2d(x, 32)
-        x = self.stem(x)  # (B, 32, 16, 16)
-        for stage, shortcut in zip(self.stages, self.shortcuts):
-            x = F.relu(stage(x) + shortcut(x))  # (B, 32, 16, 16), (B, 64, 8, 8), (B, 128, 4, 4)
-        return x.mean((2, 3))  # (B, 128)
-
-    def forward(self, images):
-        return self.head(self.features(images))  # (B, classes)
-
-
-def fit(network, logits, data, steps, device, desc):
-    """Train `network` in place, logits(images uint8) being its answer -> accuracy on images that it does not see.
-
-    Cross-entropy, AdamW with one cycle of the learning rate, batches of 128, flips, shifts of up to an eighth.
-    """
-    seen, unseen = parts_of(data)
-    rng, opt = np.random.default_rng(0), torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps, pct_start=0.2)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
-    network.to(device).train()
-    for _ in tqdm(range(steps), desc, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30):
-        images, labels = (a.to(device) for a in data[np.sort(rng.choice(seen, 128))][:2])
-        flips = torch.from_numpy(rng.random(128) < 0.5).to(device)
-        images = torch.where(flips[:, None, None, None], images.flip(3), images)
-        side = images.shape[-1]
-        top, left = rng.integers(0, side // 4 + 1, 2)  # one shift a batch is cheap
-        images = F.pad(images.float(), [side // 8] * 4, "reflect")[..., top : top + side, left : left + side]
-        with autocast:
-            loss = F.cross_entropy(logits(images), labels)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        cycle.step()
-    network.eval()
-    right = 0
-    with torch.no_grad():
-        for part in np.array_split(unseen, -(-len(unseen) // 256)):
-            images, labels = data[part][:2]
-            right += (logits(images.to(device)).argmax(1).cpu() == labels).sum().item()
-    return right / len(unseen)
+# ---- The distance ----
 
 
 def sha256(path):
@@ -154,62 +93,6 @@ def sha256(path):
         return path
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()  # teachers are too large to read whole
-
-
-def parts_of(data):
-    """(indices that are learned from, up to 5,000 others for the accuracy), both of train.py's training images."""
-    training, _ = train.split(len(data))
-    order = np.random.default_rng(1).permutation(training)
-    few = min(5000, len(order) // 10)
-    return np.sort(order[few:]), order[:few]  # not sorted: the first of them are of all classes
-
-
-def classifier_for(path, data, steps, device):
-    """The classifier in `path`, which is trained and written there if it is absent -> (network, its accuracy)."""
-    torch.manual_seed(0)
-    network = Classifier(len(data.classes))
-    path.parent.mkdir(parents=True, exist_ok=True)  # not only found impossible after the training
-    if not path.exists():
-        accuracy = fit(network, network, data, steps, device, "classifier")
-        state = dict(state_dict=network.state_dict(), accuracy=accuracy, classes=data.classes, steps=steps)
-        write_whole(path, lambda f: torch.save(state, f))
-    state = read_checkpoint(path)
-    try:
-        network.load_state_dict(state["state_dict"])
-        known = state["classes"] == data.classes and state["accuracy"] >= 0
-    except (KeyError, TypeError, RuntimeError):
-        known = False
-    if not known:
-        raise ValueError(f"{path} is no classifier of these classes: name another file, or delete it")
-    return network.eval().requires_grad_(False).to(device), state["accuracy"]
-
-
-def learn_teacher(name, path, data, steps, grid, device):
-    """A timm ViT trained to classify `data`, written to `path` as --encoder-weights reads it -> its accuracy.
-
-    It learns from what it will be shown as a teacher.
-    """
-    import timm  # late: 1.5 s that nothing else here waits for
-
-    if path.exists():
-        return read_checkpoint(path).get("accuracy")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shown = load_encoder(name, grid, "random", device)  # it knows size, mean and std; and says what is no ViT
-    torch.manual_seed(0)
-    model = timm.create_model(shown.entry.timm_id, img_size=shown.side)  # of as many classes: its weights are drawn so
-
-    def logits(images):
-        x = (images.float() / 255 - shown.mean) / shown.std
-        x = F.interpolate(x, (shown.side, shown.side), mode=shown.entry.resize, align_corners=False)
-        return model(x)[:, : len(data.classes)]
-
-    accuracy = fit(model, logits, data, steps, device, "teacher")
-    state = dict(state_dict=model.cpu().state_dict(), accuracy=accuracy, steps=steps)
-    write_whole(path, lambda f: torch.save(state, f))
-    return accuracy
-
-
-# ---- The distance ----
 
 
 @torch.no_grad()
@@ -234,31 +117,51 @@ def batches_of_npz(path, size=250):
         yield torch.from_numpy(images[i : i + size]).permute(0, 3, 1, 2)
 
 
-def meter(args, data, device):
-    """-> (distance(batches of uint8 [B, 3, H, W]) to the training images or --reference, facts about it)."""
+def meters(args, data, device):
+    """-> ({name: distance(batches of uint8 [B, 3, H, W]) to the training images or --reference}, facts about them)."""
+    networks, facts = {}, dict(samples=args.images, network={}, of_real={})
     if args.inception:
-        network, digest = fid.load_inception(args.inception, device)
-        features, facts = lambda x: network(x)[0], dict(name="FID", sha256=digest)
+        inception, digest = fid.load_inception(args.inception, device)
+        networks["FID"], facts["network"]["FID"] = lambda x: inception(x)[0], digest
     else:
         path = Path(args.classifier or f"{args.out}/classifier.pt")
-        network, accuracy = classifier_for(path, data, args.learn, device)
-        features, facts = network.features, dict(name="FD-classifier", sha256=sha256(path), accuracy=accuracy)
-    if args.reference:
-        _, stored = fid.open_set(args.reference)
-        if "mu" not in stored:
-            raise ValueError(f"--reference {args.reference} holds no mu and sigma: make it with fid.py --save-stats")
-        reference = stored["mu"], stored["sigma"]
-    else:
-        training, _ = train.split(len(data))
-        bar = tqdm(batches_of(data, training), "reference", -(-len(training) // 250), leave=False)
-        reference = moments_of(features, bar, device)
-
-    def distance(batches):
-        return fid.frechet_distance(*moments_of(features, batches, device), *reference)
-
+        classifier, facts["accuracy"] = classifier_for(path, data, args.learn, device)
+        networks["FD-classifier"], facts["network"]["FD-classifier"] = classifier.features, sha256(path)
+    if args.also:
+        teacher = load_encoder(args.also, ALSO_GRID, None, device)
+        networks[f"FD-{args.also}"] = lambda x: teacher(x).mean(1)
+        facts["network"][f"FD-{args.also}"] = weights_sha256(teacher)
+    training, _ = train.split(len(data))
     real = parts_of(data)[1][: args.images]
-    facts.update(samples=args.images, real=len(real), of_real=distance(batches_of(data, real)))  # what to hope for
-    return distance, facts
+    distances = {}
+    for name, features in networks.items():
+        if args.reference:
+            _, stored = fid.open_set(args.reference)
+            if "mu" not in stored:
+                raise ValueError(f"--reference {args.reference} has no mu and sigma: make it with fid.py --save-stats")
+            reference = stored["mu"], stored["sigma"]
+        else:
+            reference = reference_of(name, features, facts["network"][name], args, data, training, device)
+
+        def distance(batches, features=features, reference=reference):
+            return fid.frechet_distance(*moments_of(features, batches, device), *reference)
+
+        distances[name] = distance
+        facts["of_real"][name] = distance(batches_of(data, real))  # what to hope for
+    return distances, dict(facts, real=len(real))
+
+
+def reference_of(name, features, digest, args, data, training, device):
+    """Mean and covariance of the training images, kept in OUT for the next start."""
+    file = Path(args.out) / f"reference-{str(digest)[:12]}.npz"
+    if file.exists():
+        with np.load(file) as stored:
+            return stored["mu"], stored["sigma"]
+    bar = tqdm(batches_of(data, training), f"{name} of training images", -(-len(training) // 250), leave=False)
+    mu, sigma = moments_of(features, bar, device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, lambda f: np.savez(f, mu=mu, sigma=sigma))
+    return mu, sigma
 
 
 # ---- Train, sample, measure ----
@@ -290,16 +193,16 @@ def leg(args, folder, arm, seed, step):
         raise SystemExit(f"{PROGRAM}: {folder} was stopped at step {reached} of {step}; the same command goes on")
 
 
-def measure(args, folder, step, distance):
-    """Draw OUT/ARM-seedN/samples-STEP.npz from the EMA, and add its distance to distance.jsonl."""
+def measure(args, folder, step, distances):
+    """Draw OUT/ARM-seedN/samples-STEP.npz from the EMA, and add its distances to distance.jsonl."""
     npz = folder / f"samples-{step}.npz"
     if not npz.exists():  # what bears the name is whole
         flags = f"--num {args.images} --seed 0 {args.sampling}".split()
         flags += ["--ckpt", str(folder / "last.pt"), "--npz", str(npz), *args.decoder]
         call(sample, flags, args.processes)
-    rows = [*rows_of(folder / "distance.jsonl"), dict(step=step, distance=distance(batches_of_npz(npz)))]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_text(folder / "distance.jsonl", text)
+    row = dict(step=step, **{name: distance(batches_of_npz(npz)) for name, distance in distances.items()})
+    rows = [*rows_of(folder / "distance.jsonl"), row]
+    write_text(folder / "distance.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for old in {*folder.glob("samples-*.npz")} - {npz}:
         old.unlink()
 
@@ -311,16 +214,18 @@ def build_parser():
     parser = make_parser(PROGRAM, __doc__, "[flags] [-- flags of train.py]")
     add = parser.add_argument
     add("--data", metavar="PATH", help="folder of class folders, or a .zip of one; drawn shapes without it")
-    add("--budget", default="minutes", choices=BUDGETS, help="sizes of model and run; minutes is for two CPU cores")
+    add("--budget", default="laptop", choices=BUDGETS, help="sizes of model and run")
     add("--out", default="runs/convergence", metavar="DIR")
     add("--arms", nargs="+", default=[*ARMS], choices=ARMS)
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--encoder", default="hog", help="the teacher, as in train.py")
     add("--encoder-weights", metavar="FILE", help="as in train.py")
+    add("--tokens", metavar="DIR", help="as in train.py")
     add("--learn-teacher", type=int, metavar="STEPS", help="make that file first, in as many steps on --data")
     add("--images", type=int, help="samples for the distance")
     add("--inception", metavar="FILE", help="weights as fid.py takes them: the distance is then FID")
     add("--reference", metavar="FILE", help="npz with mu and sigma, as ADM's: instead of the training images'")
+    add("--also", metavar="ENCODER", help="a second distance, in the mean tokens of this teacher")
     add("--classifier", metavar="FILE", help="read from, or made for, another comparison; default: OUT/classifier.pt")
     add("--processes", type=int, default=1, help="GPUs: above one, under torchrun")
     add("--device", default="auto", help="as in train.py")
@@ -336,8 +241,8 @@ def prepare(argv):
     args, extra = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
     for flag in {f.split("=")[0] for f in extra} & {f"--{name}" for name in OURS}:
         raise ValueError(f"{flag} after -- is what this comparison sets itself: leave it out there")
-    if args.reference and not args.inception:
-        raise ValueError("--reference holds statistics for FID: it goes with --inception FILE")
+    if args.reference and (args.also or not args.inception):
+        raise ValueError("--reference holds statistics for FID: it goes with --inception FILE, and without --also")
     if args.learn_teacher is not None and not args.encoder_weights:
         raise ValueError("--learn-teacher writes the file of --encoder-weights: name it")
     budget = {k: v for k, v in BUDGETS[args.budget].items() if k != "images" or args.images is None}
@@ -349,7 +254,10 @@ def prepare(argv):
     args.flags += ["--encoder", args.encoder, *extra]
     args.place = ["--data", args.data] if args.data else ["--demo"]
     args.place += ["--encoder-weights", args.encoder_weights] if args.encoder_weights else []
+    args.place += ["--tokens", args.tokens] if args.tokens else []
     args.place += ["--device", args.device]
+    if args.budget != "paper" and fast_bf16(pick_device(args.device)):
+        args.sampling += " --precision bf16"  # half the time
     run, method, _ = resolve([*args.flags, *args.place, "--out", f"{args.out}/none"])
     if run.lr_schedule != "constant" or run.steps < args.points:
         raise ValueError(f"the {args.points} legs need --lr-schedule constant, and as many --steps")
@@ -385,21 +293,22 @@ def main(argv=None):
             file = Path(args.encoder_weights)
             args.teacher_accuracy = learn_teacher(args.encoder, file, data, args.learn_teacher, grid, device)
             print(f"{args.encoder} of {file}: right on {args.teacher_accuracy:.1%} of images that it did not see")
-        load_encoder(args.encoder, grid, args.encoder_weights)
+        if not run.tokens:
+            load_encoder(args.encoder, grid, args.encoder_weights)
         out.mkdir(parents=True, exist_ok=True)
-        distance, facts = meter(args, data, device)
+        distances, facts = meters(args, data, device)
         if "accuracy" in facts:
             print(f"FD-classifier: its network is right on {facts['accuracy']:.1%} of images that it did not see")
         same = {name: getattr(args, name) for name in ("flags", "legs", "images", "sampling", "reference")}
-        same.update(data_images=len(data), network=facts["sha256"], teacher=sha256(args.encoder_weights))
+        same.update(data_images=len(data), network=facts["network"], teacher=sha256(args.encoder_weights))
         same_comparison(out / "settings.json", same)
     with tqdm([*itertools.product(args.seeds, args.arms, args.legs)], "legs", unit="leg") as bar:
         for seed, arm, step in bar:
             bar.set_description(f"{arm}, seed {seed}, to step {step}")
             folder = out / f"{arm}-seed{seed}"
-            if step not in [row["step"] for row in rows_of(folder / "distance.jsonl")]:
+            if not measured(args, arm, seed, step):
                 leg(args, folder, arm, seed, step)
-                measure(args, folder, step, distance)
+                measure(args, folder, step, distances)
                 report(args, ARMS, facts)
     print(f"{report(args, ARMS, facts)}\n{out}: results.json, table.md, curves.png, samples.png")
 

@@ -8,85 +8,186 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from plumbing.files import write_text
 from plumbing.records import rows_of, save_grid, versions
 
 
 def collect(args):
-    """The runs that have begun: dict(arm, seed, images_per_s, and {step: value} of held_out, align, distance)."""
-    runs = []
+    """The runs so far: dict(arm, seed, images_per_s, held_out, align and distance, by name, each {step: value}).
+
+    Those of results.json, and newer ones in folders: who needs the room may delete these.
+    """
+    file, runs = Path(args.out) / "results.json", {}
+    for run in json.loads(file.read_text())["runs"] if file.exists() else []:
+        curves = {k: by_step(v) for k, v in run.items() if k in ("held_out", "align")}
+        distance = {name: by_step(curve) for name, curve in run["distance"].items()}
+        runs[run["arm"], run["seed"]] = dict(run, **curves, distance=distance)
     for arm, seed in itertools.product(args.arms, args.seeds):
         folder = Path(args.out) / f"{arm}-seed{seed}"
         log, far = rows_of(folder / "log.jsonl"), rows_of(folder / "distance.jsonl")
         if log:
             curves = {name: {row["step"]: row[name] for row in log} for name in ("held_out", "align")}
-            curves["distance"] = {row["step"]: row["distance"] for row in far}
+            names = [name for name in (far[0] if far else {}) if name != "step"]
+            distance = {name: {row["step"]: row[name] for row in far} for name in names}
             speed = statistics.median(row["images_per_s"] for row in log)
-            runs.append(dict(arm=arm, seed=seed, images_per_s=speed, **curves))
-    return runs
+            runs[arm, seed] = dict(arm=arm, seed=seed, images_per_s=speed, **curves, distance=distance)
+    order = [*dict.fromkeys([*args.arms, *(arm for arm, _ in runs)])]
+    return sorted(runs.values(), key=lambda run: (order.index(run["arm"]), run["seed"]))
 
 
-def against_sit(runs, metric):
-    """[(arm, {step: value - that of sit with the same seed})] of the runs for which there is one."""
-    base = {run["seed"]: run[metric] for run in runs if run["arm"] == "sit"}
-    pairs = [(run, base.get(run["seed"], {})) for run in runs if run["arm"] != "sit"]
-    return [(run["arm"], {s: v - sit[s] for s, v in run[metric].items() if s in sit}) for run, sit in pairs]
+def by_step(curve):
+    return {int(step): value for step, value in curve.items()}  # keys of JSON are text
+
+
+def measured(args, arm, seed, step):
+    """Whether the distances of this run are known at `step`."""
+    found = [run["distance"] for run in collect(args) if (run["arm"], run["seed"]) == (arm, seed)]
+    return bool(found) and bool(found[0]) and all(step in curve for curve in found[0].values())
+
+
+# ---- What the seeds say ----
+
+
+def by_seed(runs, arm, curve_of):
+    """{seed: curve {step: value}} of an arm."""
+    return {run["seed"]: curve_of(run) for run in runs if run["arm"] == arm}
+
+
+def against_sit(curves, sit):
+    """{seed: {step: value - that of sit with the same seed}} where there is one."""
+    both = {seed: (curve, sit[seed]) for seed, curve in curves.items() if seed in sit}
+    return {seed: {s: v - other[s] for s, v in curve.items() if s in other} for seed, (curve, other) in both.items()}
+
+
+def interval(statistic, seeds, draws=2000):
+    """95 % bootstrap interval of statistic(list of seeds), seeds drawn with replacement; None for fewer than three."""
+    if len(seeds) < 3:
+        return None
+    rng = np.random.default_rng(0)
+    values = [statistic([*rng.choice(seeds, len(seeds))]) for _ in range(draws)]
+    return tuple(np.quantile(values, (0.025, 0.975)).tolist())
+
+
+def mean_at(curves, seeds, step):
+    return statistics.mean(curves[seed][step] for seed in seeds)
+
+
+def speedup(curves, sit, seeds):
+    """How many times fewer steps an arm takes to sit's last distance, in the means over `seeds`.
+
+    Between two measured steps the logarithm is linear. A distance below it at the first measured step counts from
+    there; one that is never reached counts as if at the last step, so that 1 is the least.
+    """
+    steps = sorted(set.intersection(*(set(curve) for part in (curves, sit) for curve in part.values())))
+    goal = mean_at(sit, seeds, steps[-1])
+    before = None
+    for step in steps:
+        value = mean_at(curves, seeds, step)
+        if value <= goal:
+            if before is None:
+                return steps[-1] / step
+            (s, v) = before
+            share = (np.log(v) - np.log(goal)) / (np.log(v) - np.log(value))
+            return steps[-1] / (s + share * (step - s))
+        before = step, value
+    return 1.0
+
+
+# ---- Table and curves ----
+
+
+def with_interval(value, around, digits):
+    return f"{value:.{digits}f}" + (f" [{around[0]:.{digits}f}, {around[1]:.{digits}f}]" if around else "")
 
 
 def table(runs, step, facts):
-    """Markdown, an arm a row, at `step`: mean ± standard deviation over seeds."""
-
-    def cell(curves, arm, digits):
-        values = [curve[step] for name, curve in curves if name == arm and step in curve]
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}" if values else "–"
-
-    name = facts["name"]
-    out = f"Step {step}, mean ± standard deviation over seeds; {name} of {facts['samples']} samples, where"
-    out += f" {facts['real']} real images have {facts['of_real']:.2f}.\n\n"
-    out += f"| arm | seeds | held-out loss | minus sit's, same seed | {name} | minus sit's, same seed | images/s |\n"
-    out += "|---|---|---|---|---|---|---|\n"
-    for arm in dict.fromkeys(run["arm"] for run in runs):
-        own = [run for run in runs if run["arm"] == arm and step in run["distance"]]
+    """Markdown, an arm a row, at `step`: mean ± standard deviation over seeds, differences with their intervals."""
+    metrics = {"held-out loss": (lambda run: run["held_out"], 4)}
+    metrics |= {name: (lambda run, name=name: run["distance"][name], 2) for name in facts["of_real"]}
+    done = [run for run in runs if all(step in run["distance"].get(name, ()) for name in facts["of_real"])]
+    real = ", ".join(f"{name} {value:.2f}" for name, value in facts["of_real"].items())
+    out = f"Step {step}: mean ± standard deviation over seeds, 95 % bootstrap intervals over seeds; distances of"
+    out += f" {facts['samples']} samples; {facts['real']} real images have {real}.\n\n"
+    heads = ["arm", "seeds", *itertools.chain(*((name, "minus sit's, same seed") for name in metrics)), "images/s"]
+    out += f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n"
+    for arm in dict.fromkeys(run["arm"] for run in done):
+        own = [run for run in done if run["arm"] == arm]
         cells = [arm, str(len(own))]
-        for metric, digits in (("held_out", 4), ("distance", 2)):
-            cells += [cell([(arm, run[metric]) for run in own], arm, digits)]
-            cells += [cell(against_sit(runs, metric), arm, digits)]
-        cells += [f"{statistics.median(run['images_per_s'] for run in own):.0f}" if own else "–"]
+        for curve_of, digits in metrics.values():
+            curves = by_seed(done, arm, curve_of)
+            values = [curve[step] for curve in curves.values()]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            gaps = against_sit(curves, by_seed(done, "sit", curve_of)) if arm != "sit" else {}
+            gap = interval(lambda seeds: mean_at(gaps, seeds, step), [*gaps])
+            cells += [f"{statistics.mean(values):.{digits}f}{spread}"]
+            cells += [with_interval(mean_at(gaps, gaps, step), gap, digits) if gaps else "–"]
+        cells += [f"{statistics.median(run['images_per_s'] for run in own):.0f}"]
         out += f"| {' | '.join(cells)} |\n"
     return out
 
 
+def speedups(runs, step, facts):
+    """Markdown: how many times fewer steps, and seconds, each arm takes to sit's distance at `step`."""
+    rows = []
+    for name in facts["of_real"]:
+        done = [run for run in runs if step in run["distance"].get(name, ())]
+        sit = by_seed(done, "sit", lambda run: run["distance"][name])
+        for arm in dict.fromkeys(run["arm"] for run in done if run["arm"] != "sit"):
+            curves = by_seed(done, arm, lambda run: run["distance"][name])
+            seeds = [seed for seed in curves if seed in sit]
+            if not seeds:
+                continue
+            speed = {a: statistics.median(r["images_per_s"] for r in done if r["arm"] == a) for a in (arm, "sit")}
+            times, around = speedup(curves, sit, seeds), interval(lambda s: speedup(curves, sit, s), seeds)
+            cost = speed[arm] / speed["sit"]
+            cells = [name, arm, str(len(seeds)), with_interval(times, around, 2)]
+            rows.append([*cells, with_interval(times * cost, around and [v * cost for v in around], 2)])
+    if not rows:
+        return ""
+    out = f"To sit's distance at step {step}, times fewer:\n\n"
+    out += f"| distance | arm | seeds | steps | seconds |\n{'|---' * 5}|\n"
+    return out + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def plot(runs, arms, facts, path):
-    """Held-out loss, its difference to sit's, and distance against steps: mean over seeds, least to most as a band."""
-    figure = Figure(figsize=(16, 4.5), layout="constrained")
-    axes = figure.subplots(1, 3)
-    name = f"{facts['name']} (real images: {facts['of_real']:.2f})"
-    panels = {
-        "held-out denoising loss": [(run["arm"], run["held_out"]) for run in runs],
-        "held-out loss minus sit's, same seed": against_sit(runs, "held_out"),
-        name: [(run["arm"], run["distance"]) for run in runs],
+    """Held-out loss, its difference to sit's, and each distance against steps: mean over seeds, least to most as a
+    band."""
+
+    def curves_of(curve_of):
+        return {arm: by_seed(runs, arm, curve_of) for arm in arms}
+
+    held_out = curves_of(lambda run: run["held_out"])
+    panels = {"held-out denoising loss": held_out}
+    panels["held-out loss minus sit's, same seed"] = {
+        arm: against_sit(curves, held_out.get("sit", {})) for arm, curves in held_out.items() if arm != "sit"
     }
-    for axis, (label, curves) in zip(axes, panels.items()):
-        ends = []
+    for name, real in facts["of_real"].items():
+        panels[f"{name} (real images: {real:.2f})"] = curves_of(lambda run, name=name: run["distance"].get(name, {}))
+    figure = Figure(figsize=(5.3 * len(panels), 4.5), layout="constrained")
+    for axis, (label, curves) in zip(figure.subplots(1, len(panels)), panels.items()):
+        ends, is_distance = [], "real images" in label
         for i, arm in enumerate(arms):
-            own = [curve for name, curve in curves if name == arm]
+            own = [*curves.get(arm, {}).values()]
             steps = sorted({step for curve in own for step in curve})
             if steps:
                 values = [[curve[step] for curve in own if step in curve] for step in steps]
                 mean = [statistics.mean(v) for v in values]
-                axis.plot(steps, mean, color=f"C{i}", marker="o" if label == name else None)
+                axis.plot(steps, mean, color=f"C{i}", marker="o" if is_distance else None)
                 axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=f"C{i}", alpha=0.15, lw=0)
                 ends.append((mean[-1], steps[-1], arm, f"C{i}"))
         axis.set(xlabel="step", ylabel=label, yscale="linear" if "minus" in label else "log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(ScalarFormatter())  # 0.4, not 4 x 10^-1
         axis.grid(alpha=0.3, which="both")
         height = -1.0
         for value, step, arm, colour in sorted(ends):  # beside the curves, from below, no two on one another
             place = axis.transAxes.inverted().transform(axis.transData.transform((step, value)))
             height = max(place[1], height + 0.05)
             axis.text(1.02, height, arm, color=colour, transform=axis.transAxes, va="center")
-    axes[1].axhline(0, color="C0", linewidth=1)
+        if "minus" in label:
+            axis.axhline(0, color="C0", linewidth=1)
     figure.savefig(path, dpi=120)
 
 
@@ -96,12 +197,14 @@ def report(args, arms, facts):
     args: of convergence.py, with legs; arms: all that there could be, each with its colour; facts: on the distance.
     """
     out, runs = Path(args.out), collect(args)
-    done = [step for step in args.legs if any(step in run["distance"] for run in runs)]
-    paths = "data out encoder_weights inception reference classifier place decoder".split()  # of this machine only
+    done = [step for step in args.legs if any(step in c for run in runs for c in run["distance"].values())]
+    paths = (
+        "data out encoder_weights tokens inception reference classifier place decoder".split()
+    )  # of this machine only
     settings = {k: v for k, v in vars(args).items() if k not in paths}
     everything = dict(settings=settings, distance=facts, runs=runs, **versions())
     write_text(out / "results.json", json.dumps(everything, indent=1) + "\n")
-    tables = [table(runs, step, facts) for step in reversed(done)]
+    tables = [speedups(runs, args.legs[-1], facts), *(table(runs, step, facts) for step in reversed(done))]
     write_text(out / "table.md", "\n".join(tables))
     plot(runs, arms, facts, out / "curves.png")
     sets = {arm: out / f"{arm}-seed{args.seeds[0]}" / f"samples-{args.legs[-1]}.npz" for arm in args.arms}
@@ -109,4 +212,4 @@ def report(args, arms, facts):
     if rows:
         images = torch.from_numpy(np.concatenate([*rows.values()])).permute(0, 3, 1, 2)
         save_grid(images, [*rows], out / "samples.png")
-    return tables[0]
+    return "\n".join(tables[:2])

@@ -1,0 +1,134 @@
+"""What the comparisons learn here, from the images at hand: the classifier whose features a distance is taken in, and
+small teachers."""
+
+import sys
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from inputs.teachers import load_encoder
+from plumbing.checkpoints import read_checkpoint
+from plumbing.files import write_whole
+from plumbing.processes import fast_bf16
+from train import split
+
+
+def convolution(a, b):
+    return nn.Sequential(nn.Conv2d(a, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+
+
+class Classifier(nn.Module):
+    """uint8 [B, 3, H, W] -> logits [B, classes]; .features(images) -> [B, 256]. A residual network for 32 px.
+
+    Larger images are averaged down to 32 px first: the distance does not see what is finer.
+    """
+
+    def __init__(self, classes, width=32):
+        super().__init__()
+        widths = [width, 2 * width, 4 * width, 8 * width]
+        self.stem = convolution(3, width)
+        self.widen = nn.ModuleList(convolution(a, b) for a, b in zip(widths, widths[1:]))
+        self.residual = nn.ModuleList(nn.Sequential(convolution(b, b), convolution(b, b)) for b in widths[1:])
+        self.head = nn.Linear(widths[-1], classes)
+        self.to(memory_format=torch.channels_last)  # a fifth less time on a CPU
+
+    def features(self, images):
+        x = images.float() / 127.5 - 1
+        if x.shape[-1] > 32:
+            x = F.adaptive_avg_pool2d(x, 32)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, 32, 32, 32)
+        for widen, residual in zip(self.widen, self.residual):
+            x = F.max_pool2d(widen(x), 2)
+            x = x + residual(x)  # (B, 64, 16, 16), (B, 128, 8, 8), (B, 256, 4, 4)
+        return x.mean((2, 3))  # (B, 256)
+
+    def forward(self, images):
+        return self.head(self.features(images))  # (B, classes)
+
+
+def fit(network, logits, data, steps, device, desc):
+    """Train `network` in place, logits(images uint8) being its answer -> accuracy on images that it does not see.
+
+    Cross-entropy, AdamW with one cycle of the learning rate, batches of 128, flips, shifts of up to an eighth.
+    """
+    seen, unseen = parts_of(data)
+    rng, opt = np.random.default_rng(0), torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps, pct_start=0.2)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
+    network.to(device).train()
+    for _ in tqdm(range(steps), desc, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30):
+        images, labels = (a.to(device) for a in data[np.sort(rng.choice(seen, 128))][:2])
+        flips = torch.from_numpy(rng.random(128) < 0.5).to(device)
+        images = torch.where(flips[:, None, None, None], images.flip(3), images)
+        side = images.shape[-1]
+        top, left = rng.integers(0, side // 4 + 1, 2)  # one shift a batch is cheap
+        images = F.pad(images.float(), [side // 8] * 4, "reflect")[..., top : top + side, left : left + side]
+        with autocast:
+            loss = F.cross_entropy(logits(images), labels)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        cycle.step()
+    network.eval()
+    right = 0
+    with torch.no_grad():
+        for part in np.array_split(unseen, -(-len(unseen) // 256)):
+            images, labels = data[part][:2]
+            right += (logits(images.to(device)).argmax(1).cpu() == labels).sum().item()
+    return right / len(unseen)
+
+
+def parts_of(data):
+    """(indices that are learned from, up to 5,000 others for the accuracy), both of train.py's training images."""
+    training, _ = split(len(data))
+    order = np.random.default_rng(1).permutation(training)
+    few = min(5000, len(order) // 10)
+    return np.sort(order[few:]), order[:few]  # not sorted: the first of them are of all classes
+
+
+def classifier_for(path, data, steps, device):
+    """The classifier in `path`, which is trained and written there if it is absent -> (network, its accuracy)."""
+    torch.manual_seed(0)
+    network = Classifier(len(data.classes))
+    path.parent.mkdir(parents=True, exist_ok=True)  # not only found impossible after the training
+    if not path.exists():
+        accuracy = fit(network, network, data, steps, device, "classifier")
+        state = dict(state_dict=network.state_dict(), accuracy=accuracy, classes=data.classes, steps=steps)
+        write_whole(path, lambda f: torch.save(state, f))
+    state = read_checkpoint(path)
+    try:
+        network.load_state_dict(state["state_dict"])
+        known = state["classes"] == data.classes and state["accuracy"] >= 0
+    except (KeyError, TypeError, RuntimeError):
+        known = False
+    if not known:
+        raise ValueError(f"{path} is no classifier of these classes: name another file, or delete it")
+    return network.eval().requires_grad_(False).to(device), state["accuracy"]
+
+
+def learn_teacher(name, path, data, steps, grid, device):
+    """A timm ViT trained to classify `data`, written to `path` as --encoder-weights reads it -> its accuracy.
+
+    It learns from what it will be shown as a teacher.
+    """
+    import timm  # late: 1.5 s that nothing else here waits for
+
+    if path.exists():
+        return read_checkpoint(path).get("accuracy")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = load_encoder(name, grid, "random", device)  # it knows size, mean and std; and says what is no ViT
+    torch.manual_seed(0)
+    model = timm.create_model(shown.entry.timm_id, img_size=shown.side)  # of as many classes: its weights are drawn so
+
+    def logits(images):
+        x = (images.float() / 255 - shown.mean) / shown.std
+        x = F.interpolate(x, (shown.side, shown.side), mode=shown.entry.resize, align_corners=False)
+        return model(x)[:, : len(data.classes)]
+
+    accuracy = fit(model, logits, data, steps, device, "teacher")
+    state = dict(state_dict=model.cpu().state_dict(), accuracy=accuracy, steps=steps)
+    write_whole(path, lambda f: torch.save(state, f))
+    return accuracy
