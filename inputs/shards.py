@@ -168,6 +168,10 @@ def read_manifest(path, kind, check):
         if not {"image_size", "count", "shard", "classes", "files_sha256", "precision"} <= manifest.keys():
             raise ValueError("entries are missing")
         positive(*(manifest[key] for key in ("image_size", "count", "shard")))
+        if not manifest["classes"] or not all(isinstance(name, str) for name in manifest["classes"]):
+            raise ValueError("its classes are no names")
+        if not all(i in range(manifest["count"]) for pair in manifest.get("stand_ins", []) for i in pair):
+            raise ValueError("its stand_ins are no pairs of images")
         check(manifest)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
         raise ValueError(f"{path} is no cache of {kind}: manifest.json cannot be used ({one_line(e)})") from e
@@ -196,7 +200,10 @@ def labels_of(path, manifest, data):
     own = dict(image_size=data.size, count=len(data), files_sha256=data.digest) if hasattr(data, "digest") else {}
     for key, value in (own or dict(count=len(data))).items():
         if manifest[key] != value:
-            raise ValueError(f"{path} is not a cache of {data.path}: its {key} is {manifest[key]}, not {value}")
+            what = f"its {key} is {manifest[key]}, not {value}"
+            if key == "files_sha256":
+                what = "files have other names or sizes (its files_sha256 is another)"
+            raise ValueError(f"{path} is not a cache of {data.path}: {what}; name its images, or write another")
     labels = data.labels.copy()
     for i, j in manifest.get("stand_ins", []):
         labels[i] = data.labels[j]
@@ -220,6 +227,8 @@ class Recorded:
             raise ValueError(f"{path}/files.json cannot be read ({one_line(e)[:200]})") from e
         if not len(self.files) == len(self.labels) == manifest["count"] or self.labels.dtype != np.int64:
             raise ValueError(f"{path} is damaged: names, labels and count do not belong together")
+        if not ((self.labels >= 0) & (self.labels < len(self.classes))).all():
+            raise ValueError(f"{path} is damaged: some labels are of none of its {len(self.classes)} classes")
 
     def __str__(self):
         many = f"{len(self)} images in {len(self.classes)} class{'es' if len(self.classes) > 1 else ''}"

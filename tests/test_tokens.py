@@ -238,3 +238,23 @@ def test_a_run_goes_on_with_tokens_of_the_same_weights_alone(photos, cache, tmp_
     assert "is of other weights of the encoder than those" in refused(capsys, run, *more, "--tokens", other)
     run(*more)
     run("--resume", "--out", tmp_path / "run", "--steps", 4, "--tokens", "none", "--encoder-weights", "random")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(grid="4"), "its sizes are not positive numbers"),
+        (dict(classes=3), "manifest.json cannot be used"),
+        (dict(classes=[]), "its classes are no names"),
+        (dict(classes=["one"]), "some labels are of none of its 1 classes"),
+        (dict(stand_ins=5), "manifest.json cannot be used"),
+        (dict(stand_ins=[[0, 99]]), "its stand_ins are no pairs of images"),
+        (dict(files_sha256="0"), "files have other names or sizes"),
+        (dict(dim=10**12), "tokens-00000.npy is damaged"),
+    ],
+)
+def test_a_damaged_record_is_refused(photos, cache, tmp_path, capsys, change, message):
+    own = shutil.copytree(cache, tmp_path / "cache")
+    manifest = json.loads((own / "hog/manifest.json").read_text())
+    (own / "hog/manifest.json").write_text(json.dumps({**manifest, **change}))
+    assert message in refused(capsys, run, *QUIET, "--data", photos, "--tokens", own, "--out", tmp_path / "x")

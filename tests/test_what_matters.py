@@ -25,7 +25,9 @@ def tiny(tmp_path, monkeypatch):
         Image.fromarray(rng.integers(0, 128 if i % 2 else 256, (16, 16, 3)).astype(np.uint8)).save(folder / f"{i}.png")
     monkeypatch.setattr(jobs, "ImageSet", ImageSet)  # which the comparison replaces
     monkeypatch.setattr(train, "plot", lambda out: None)
-    flags = "--image-size 16 --model SiT-S/2 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4 --ema 0.5"
+    flags = (
+        "--image-size 16 --model SiT-S/2 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4 --ema 0.5"
+    )
     budget = dict(flags=f"{flags} --lr 0.02 --encoder-depth 1 --log-every 4 --precision fp32", images=12, learn=3)
     monkeypatch.setattr(what_matters, "SHORT", dict(budget, sampling="--sampler heun --steps 2"))
     return tmp_path / "data"
