@@ -3,6 +3,7 @@
     python -m experiments.convergence --data cifar10_train.zip                 two CPU cores, the HOG teacher
     python -m experiments.convergence                                          the same on drawn shapes, no data
     python -m experiments.convergence --data cifar10_train.zip --budget gpu --seeds 0
+    python -m experiments.convergence --data cifar10_train.zip --sweep --out runs/knobs      gamma, kernel, coefficient
     python -m experiments.convergence --data cifar10_train.zip --encoder timm:test_vit --encoder-weights vit.pt \\
         --learn-teacher 1500 --classifier runs/convergence/classifier.pt --out runs/convergence-vit
     python -m experiments.convergence --budget paper --processes 8 --data data/imagenet/train --inception FILE \\
@@ -59,6 +60,17 @@ ARMS = {
     "irepa": "--method irepa",
     "conv-only": "--method repa --projector conv",
     "norm-only": "--method repa --gamma 0.6",
+}
+# What a user could choose otherwise, one at a time.
+KNOBS = {"irepa": "--method irepa"} | {
+    f"{knob}-{value}": f"--method irepa --{knob} {value}"
+    for knob, values in {
+        "gamma": (0, 0.3, 0.9, 1),
+        "kernel-size": (1, 5),
+        "proj-coeff": (0.25, 0.5, 2),
+        "encoder-depth": (1, 3, 4),
+    }.items()
+    for value in values
 }
 # flags: of train.py; points: number of legs; images, sampling: of sample.py; learn: steps of the classifier, 128 images
 # The paper's average has a constant decay and its samples random labels. The other budgets are ours: short runs, whose
@@ -181,7 +193,7 @@ def leg(args, folder, arm, seed, step):
     last = folder / "last.pt"
     if last.exists() and read_checkpoint(last)["step"] >= step:
         return
-    flags = [*args.flags, *args.place, *ARMS[arm].split(), "--seed", str(seed)]
+    flags = [*args.flags, *args.place, *(ARMS | KNOBS)[arm].split(), "--seed", str(seed)]
     flags += ["--out", str(folder), "--steps", str(step)]
     if last.exists() or (folder / "config.json").exists():
         flags += ["--resume"]
@@ -216,7 +228,9 @@ def build_parser():
     add("--data", metavar="PATH", help="folder of class folders, or a .zip of one; drawn shapes without it")
     add("--budget", default="laptop", choices=BUDGETS, help="sizes of model and run")
     add("--out", default="runs/convergence", metavar="DIR")
-    add("--arms", nargs="+", default=[*ARMS], choices=ARMS)
+    text = "the first is what the others are compared with (sit repa irepa conv-only norm-only)"
+    add("--arms", nargs="+", default=[*ARMS], choices=ARMS | KNOBS, metavar="ARM", help=text)
+    add("--sweep", action="store_true", help="the arms are irepa, and its knobs, one at a time")
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--encoder", default="hog", help="the teacher, as in train.py")
     add("--encoder-weights", metavar="FILE", help="as in train.py")
@@ -249,6 +263,7 @@ def prepare(argv):
     vars(args).update(budget)
     if args.images < 2 or args.processes < 1 or (args.learn_teacher is not None and args.learn_teacher < 10):
         raise ValueError("--images is at least 2, --processes at least 1, --learn-teacher at least 10")
+    args.arms = [*KNOBS] if args.sweep else args.arms
     args.arms, args.seeds = [*dict.fromkeys(args.arms)], [*dict.fromkeys(args.seeds)]
     args.flags = [*args.flags.split(), *"--lr-schedule constant --sample-every 0".split()]
     args.flags += ["--encoder", args.encoder, *extra]
@@ -309,8 +324,8 @@ def main(argv=None):
             if not measured(args, arm, seed, step):
                 leg(args, folder, arm, seed, step)
                 measure(args, folder, step, distances)
-                report(args, ARMS, facts)
-    print(f"{report(args, ARMS, facts)}\n{out}: results.json, table.md, curves.png, samples.png")
+                report(args, facts)
+    print(f"{report(args, facts)}\n{out}: results.json, table.md, curves.png, samples.png")
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ def by_seed(runs, arm, curve_of):
     return {run["seed"]: curve_of(run) for run in runs if run["arm"] == arm}
 
 
-def against_sit(curves, sit):
-    """{seed: {step: value - that of sit with the same seed}} where there is one."""
-    both = {seed: (curve, sit[seed]) for seed, curve in curves.items() if seed in sit}
+def against(curves, base):
+    """{seed: {step: value - that of the base with the same seed}} where there is one."""
+    both = {seed: (curve, base[seed]) for seed, curve in curves.items() if seed in base}
     return {seed: {s: v - other[s] for s, v in curve.items() if s in other} for seed, (curve, other) in both.items()}
 
 
@@ -74,14 +74,14 @@ def mean_at(curves, seeds, step):
     return statistics.mean(curves[seed][step] for seed in seeds)
 
 
-def speedup(curves, sit, seeds):
-    """How many times fewer steps an arm takes to sit's last distance, in the means over `seeds`.
+def speedup(curves, base, seeds):
+    """How many times fewer steps an arm takes to the base's last distance, in the means over `seeds`.
 
     Between two measured steps the logarithm is linear. A distance below it at the first measured step counts from
     there; one that is never reached counts as if at the last step, so that 1 is the least.
     """
-    steps = sorted(set.intersection(*(set(curve) for part in (curves, sit) for curve in part.values())))
-    goal = mean_at(sit, seeds, steps[-1])
+    steps = sorted(set.intersection(*(set(curve) for part in (curves, base) for curve in part.values())))
+    goal = mean_at(base, seeds, steps[-1])
     before = None
     for step in steps:
         value = mean_at(curves, seeds, step)
@@ -102,7 +102,7 @@ def with_interval(value, around, digits):
     return f"{value:.{digits}f}" + (f" [{around[0]:.{digits}f}, {around[1]:.{digits}f}]" if around else "")
 
 
-def table(runs, step, facts):
+def table(runs, step, facts, base):
     """Markdown, an arm a row, at `step`: mean ± standard deviation over seeds, differences with their intervals."""
     metrics = {"held-out loss": (lambda run: run["held_out"], 4)}
     metrics |= {name: (lambda run, name=name: run["distance"][name], 2) for name in facts["of_real"]}
@@ -110,7 +110,7 @@ def table(runs, step, facts):
     real = ", ".join(f"{name} {value:.2f}" for name, value in facts["of_real"].items())
     out = f"Step {step}: mean ± standard deviation over seeds, 95 % bootstrap intervals over seeds; distances of"
     out += f" {facts['samples']} samples; {facts['real']} real images have {real}.\n\n"
-    heads = ["arm", "seeds", *itertools.chain(*((name, "minus sit's, same seed") for name in metrics)), "images/s"]
+    heads = ["arm", "seeds", *itertools.chain(*((name, f"minus {base}'s, same seed") for name in metrics)), "images/s"]
     out += f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n"
     for arm in dict.fromkeys(run["arm"] for run in done):
         own = [run for run in done if run["arm"] == arm]
@@ -119,7 +119,7 @@ def table(runs, step, facts):
             curves = by_seed(done, arm, curve_of)
             values = [curve[step] for curve in curves.values()]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            gaps = against_sit(curves, by_seed(done, "sit", curve_of)) if arm != "sit" else {}
+            gaps = against(curves, by_seed(done, base, curve_of)) if arm != base else {}
             gap = interval(lambda seeds: mean_at(gaps, seeds, step), [*gaps])
             cells += [f"{statistics.mean(values):.{digits}f}{spread}"]
             cells += [with_interval(mean_at(gaps, gaps, step), gap, digits) if gaps else "–"]
@@ -128,40 +128,41 @@ def table(runs, step, facts):
     return out
 
 
-def speedups(runs, step, facts):
-    """Markdown: how many times fewer steps, and seconds, each arm takes to sit's distance at `step`."""
+def speedups(runs, step, facts, base):
+    """Markdown: how many times fewer steps, and seconds, each arm takes to the distance of the arm `base` at `step`."""
     rows = []
     for name in facts["of_real"]:
         done = [run for run in runs if step in run["distance"].get(name, ())]
-        sit = by_seed(done, "sit", lambda run: run["distance"][name])
-        for arm in dict.fromkeys(run["arm"] for run in done if run["arm"] != "sit"):
-            curves = by_seed(done, arm, lambda run: run["distance"][name])
-            seeds = [seed for seed in curves if seed in sit]
-            if not seeds:
+        arms = dict.fromkeys(run["arm"] for run in done)
+        curves = {arm: by_seed(done, arm, lambda run: run["distance"][name]) for arm in arms}
+        speed = {arm: statistics.median(run["images_per_s"] for run in done if run["arm"] == arm) for arm in arms}
+        for arm in arms:
+            seeds = [seed for seed in curves[arm] if seed in curves.get(base, {})]
+            if arm == base or not seeds:
                 continue
-            speed = {a: statistics.median(r["images_per_s"] for r in done if r["arm"] == a) for a in (arm, "sit")}
-            times, around = speedup(curves, sit, seeds), interval(lambda s: speedup(curves, sit, s), seeds)
-            cost = speed[arm] / speed["sit"]
+            times = speedup(curves[arm], curves[base], seeds)
+            around = interval(lambda some: speedup(curves[arm], curves[base], some), seeds)
+            cost = speed[arm] / speed[base]
             cells = [name, arm, str(len(seeds)), with_interval(times, around, 2)]
             rows.append([*cells, with_interval(times * cost, around and [v * cost for v in around], 2)])
     if not rows:
         return ""
-    out = f"To sit's distance at step {step}, times fewer:\n\n"
+    out = f"To {base}'s distance at step {step}, times fewer:\n\n"
     out += f"| distance | arm | seeds | steps | seconds |\n{'|---' * 5}|\n"
     return out + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def plot(runs, arms, facts, path):
-    """Held-out loss, its difference to sit's, and each distance against steps: mean over seeds, least to most as a
-    band."""
+def plot(runs, arms, facts, base, path):
+    """Held-out loss, its difference to the arm `base`, and each distance against steps: the mean over seeds, least to
+    most as a band."""
 
     def curves_of(curve_of):
         return {arm: by_seed(runs, arm, curve_of) for arm in arms}
 
     held_out = curves_of(lambda run: run["held_out"])
     panels = {"held-out denoising loss": held_out}
-    panels["held-out loss minus sit's, same seed"] = {
-        arm: against_sit(curves, held_out.get("sit", {})) for arm, curves in held_out.items() if arm != "sit"
+    panels[f"held-out loss minus {base}'s, same seed"] = {
+        arm: against(curves, held_out.get(base, {})) for arm, curves in held_out.items() if arm != base
     }
     for name, real in facts["of_real"].items():
         panels[f"{name} (real images: {real:.2f})"] = curves_of(lambda run, name=name: run["distance"].get(name, {}))
@@ -191,10 +192,10 @@ def plot(runs, arms, facts, path):
     figure.savefig(path, dpi=120)
 
 
-def report(args, arms, facts):
-    """results.json, table.md, curves.png and samples.png in OUT, from what is there so far -> the newest table.
+def report(args, facts):
+    """results.json, table.md, curves.png and samples.png in OUT, from what is there so far -> the newest tables.
 
-    args: of convergence.py, with legs; arms: all that there could be, each with its colour; facts: on the distance.
+    args: of convergence.py, with legs, the first arm being the base of differences; facts: on the distances.
     """
     out, runs = Path(args.out), collect(args)
     done = [step for step in args.legs if any(step in c for run in runs for c in run["distance"].values())]
@@ -204,9 +205,10 @@ def report(args, arms, facts):
     settings = {k: v for k, v in vars(args).items() if k not in paths}
     everything = dict(settings=settings, distance=facts, runs=runs, **versions())
     write_text(out / "results.json", json.dumps(everything, indent=1) + "\n")
-    tables = [speedups(runs, args.legs[-1], facts), *(table(runs, step, facts) for step in reversed(done))]
+    base = args.arms[0]
+    tables = [speedups(runs, args.legs[-1], facts, base), *(table(runs, step, facts, base) for step in reversed(done))]
     write_text(out / "table.md", "\n".join(tables))
-    plot(runs, arms, facts, out / "curves.png")
+    plot(runs, args.arms, facts, base, out / "curves.png")
     sets = {arm: out / f"{arm}-seed{args.seeds[0]}" / f"samples-{args.legs[-1]}.npz" for arm in args.arms}
     rows = {arm: np.load(npz)["arr_0"][:10] for arm, npz in sets.items() if npz.exists()}  # (10, S, S, 3) each
     if rows:

@@ -37,6 +37,20 @@ def test_arms_are_the_published_settings_and_their_halves():
     }
 
 
+def test_knobs_change_one_thing_each():
+    settings = {}
+    for arm, flags in convergence.KNOBS.items():
+        small = f"--model SiT-S/4 --depth 4 --encoder-depth 2 {flags}".split()
+        asked, method, _ = resolve(["--out", "not/there", "--demo", *small])
+        settings[arm] = vars(network_config(asked, method))
+    base = settings.pop("irepa")
+    assert (base["gamma"], base["kernel_size"], base["proj_coeff"], base["encoder_depth"]) == (0.6, 3, 1.0, 2)
+    for arm, config in settings.items():
+        knob, value = arm.rsplit("-", 1)
+        knob = knob.replace("-", "_")
+        assert {key for key in config if config[key] != base[key]} == {knob} and config[knob] == float(value)
+
+
 def test_arms_of_a_seed_share_trunk_data_and_noise(photos, tmp_path):
     for arm, flags in convergence.ARMS.items():
         coefficient = () if arm == "sit" else ("--proj-coeff", 0)
@@ -186,7 +200,7 @@ def test_speedups_and_intervals_of_known_curves():
     assert convergence_report.speedup(curves, sit, [0]) == pytest.approx(400 / 150)  # 4 lies half way from 8 to 2
     assert convergence_report.speedup(curves, sit, [1]) == 4 and convergence_report.speedup(curves, sit, [2]) == 1
     assert convergence_report.speedup(sit, sit, [0, 3]) == 1
-    gaps = convergence_report.against_sit(curves, sit)
+    gaps = convergence_report.against(curves, sit)
     assert gaps[0] == {100: -8, 200: -6, 400: -3}
     values = dict(enumerate([1.0, 2.0, 3.0, 4.0]))
     low, high = convergence_report.interval(lambda seeds: np.mean([values[s] for s in seeds]), [*values])

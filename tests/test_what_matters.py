@@ -77,7 +77,7 @@ def test_pixels_are_the_patches():
         ("--teachers timm:test_vit=many", "write NAME, NAME=STEPS"),
         ("--teachers hog+2", "--cls-weight lies in [0, 1]"),
         ("--teachers pixels+0.5", "pixels have no class token"),
-        ("--looked-at 3", "--looked-at is at least 50"),
+        ("--teachers hog --looked-at 3", "--looked-at is at least 50"),
     ],
 )
 def test_a_mistake_is_one_sentence(tiny, tmp_path, capsys, flags, message):
