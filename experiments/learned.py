@@ -63,9 +63,7 @@ def fit(network, logits, data, steps, device, desc):
         images, labels = (a.to(device) for a in data[np.sort(rng.choice(seen, 128))][:2])
         flips = torch.from_numpy(rng.random(128) < 0.5).to(device)
         images = torch.where(flips[:, None, None, None], images.flip(3), images)
-        side = images.shape[-1]
-        top, left = rng.integers(0, side // 4 + 1, 2)  # one shift a batch is cheap
-        images = F.pad(images.float(), [side // 8] * 4, "reflect")[..., top : top + side, left : left + side]
+        images = shifted(images, torch.from_numpy(rng.integers(0, images.shape[-1] // 4 + 1, (2, 128))).to(device))
         with autocast:
             loss = F.cross_entropy(logits(images), labels)
         opt.zero_grad()
@@ -79,6 +77,15 @@ def fit(network, logits, data, steps, device, desc):
             images, labels = data[part][:2]
             right += (logits(images.to(device)).argmax(1).cpu() == labels).sum().item()
     return right / len(unseen)
+
+
+def shifted(images, places):
+    """images [B, 3, S, S] in a frame of S / 8 of their mirrored edges, cut out from places [2, B], rows and columns."""
+    side = images.shape[-1]
+    wide = F.pad(images.float(), [side // 8] * 4, "reflect").permute(0, 2, 3, 1)
+    rows, columns = places[..., None] + torch.arange(side, device=images.device)  # (B, S) each
+    one = torch.arange(len(images), device=images.device)[:, None, None]
+    return wide[one, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 def parts_of(data):

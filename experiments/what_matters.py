@@ -54,7 +54,7 @@ TEACHERS = (
 SHORT = dict(
     flags="--image-size 32 --model SiT-S/4 --hidden-size 128 --depth 4 --num-heads 2 --encoder-depth 2"
     " --projector-dim 512 --batch-size 64 --steps 1000 --lr 2e-3 --warmup 100 --ema 0.99 --ema-warmup --log-every 100",
-    images=2000, sampling="--labels balanced --sampler heun --steps 10 --batch-size 250", learn=4000,
+    images=2000, sampling="--labels balanced --sampler heun --steps 10 --batch-size 250", learn=7000,
 )  # fmt: skip
 ARMS = ["repa", "irepa"]
 
