@@ -222,66 +222,80 @@ def measure(args, folder, step, distances):
 # ---- Command line ----
 
 
-def build_parser():
-    parser = make_parser(PROGRAM, __doc__, "[flags] [-- flags of train.py]")
-    add = parser.add_argument
-    add("--data", metavar="PATH", help="folder of class folders, or a .zip of one; drawn shapes without it")
+def add_common(add):
+    """The flags of every program that compares short runs."""
     add("--budget", default="laptop", choices=BUDGETS, help="sizes of model and run")
-    add("--out", default="runs/convergence", metavar="DIR")
-    text = "the first is what the others are compared with (sit repa irepa conv-only norm-only)"
-    add("--arms", nargs="+", default=[*ARMS], choices=ARMS | KNOBS, metavar="ARM", help=text)
-    add("--sweep", action="store_true", help="the arms are irepa, and its knobs, one at a time")
     add("--seeds", nargs="+", type=int, default=[0, 1])
-    add("--encoder", default="hog", help="the teacher, as in train.py")
-    add("--encoder-weights", metavar="FILE", help="as in train.py")
-    add("--tokens", metavar="DIR", help="as in train.py")
-    add("--learn-teacher", type=int, metavar="STEPS", help="make that file first, in as many steps on --data")
     add("--images", type=int, help="samples for the distance")
     add("--inception", metavar="FILE", help="weights as fid.py takes them: the distance is then FID")
     add("--reference", metavar="FILE", help="npz with mu and sigma, as ADM's: instead of the training images'")
     add("--also", metavar="ENCODER", help="a second distance, in the mean tokens of this teacher")
     add("--classifier", metavar="FILE", help="read from, or made for, another comparison; default: OUT/classifier.pt")
-    add("--processes", type=int, default=1, help="GPUs: above one, under torchrun")
+    add("--processes", type=int, default=1, help="GPUs: above one, training and sampling are under torchrun")
     add("--device", default="auto", help="as in train.py")
+
+
+def build_parser():
+    parser = make_parser(PROGRAM, __doc__, "[flags] [-- flags of train.py]")
+    add = parser.add_argument
+    add("--data", metavar="PATH", help="folder of class folders, or a .zip of one; drawn shapes without it")
+    add("--out", default="runs/convergence", metavar="DIR")
+    text = "the first is what the others are compared with (sit repa irepa conv-only norm-only)"
+    add("--arms", nargs="+", default=[*ARMS], choices=ARMS | KNOBS, metavar="ARM", help=text)
+    add("--sweep", action="store_true", help="the arms are irepa, and its knobs, one at a time")
+    add("--encoder", default="hog", help="the teacher, as in train.py")
+    add("--encoder-weights", metavar="FILE", help="as in train.py")
+    add("--tokens", metavar="DIR", help="as in train.py")
+    add("--learn-teacher", type=int, metavar="STEPS", help="make that file first, in as many steps on --data")
+    add_common(add)
     return parser
 
 
-def prepare(argv):
-    """argv -> (args with what the budget says, (train.py's Run, its Config)). ValueError where flags do not fit.
-
-    args.flags are train.py's for every arm; args.place are more of them, which say where it runs and on what.
-    """
+def parse(parser, argv):
+    """-> (args, what stands behind `--`)."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    args, extra = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
+    return parser.parse_args(argv[:cut]), argv[cut + 1 :]
+
+
+def settle(args, budget, flags, place, extra):
+    """What budget and flags come to, into args -> (train.py's Run, its Config). ValueError where they do not fit.
+
+    flags, place: of train.py, a program's own; extra: those behind `--`. args.flags are then train.py's for every run,
+    and args.place more of them, which say where it runs and on what; args.decoder is of sample.py.
+    """
     for flag in {f.split("=")[0] for f in extra} & {f"--{name}" for name in OURS}:
         raise ValueError(f"{flag} after -- is what this comparison sets itself: leave it out there")
     if args.reference and (args.also or not args.inception):
         raise ValueError("--reference holds statistics for FID: it goes with --inception FILE, and without --also")
-    if args.learn_teacher is not None and not args.encoder_weights:
-        raise ValueError("--learn-teacher writes the file of --encoder-weights: name it")
-    budget = {k: v for k, v in BUDGETS[args.budget].items() if k != "images" or args.images is None}
-    vars(args).update(budget)
-    if args.images < 2 or args.processes < 1 or (args.learn_teacher is not None and args.learn_teacher < 10):
-        raise ValueError("--images is at least 2, --processes at least 1, --learn-teacher at least 10")
-    args.arms = [*KNOBS] if args.sweep else args.arms
-    args.arms, args.seeds = [*dict.fromkeys(args.arms)], [*dict.fromkeys(args.seeds)]
-    args.flags = [*args.flags.split(), *"--lr-schedule constant --sample-every 0".split()]
-    args.flags += ["--encoder", args.encoder, *extra]
-    args.place = ["--data", args.data] if args.data else ["--demo"]
-    args.place += ["--encoder-weights", args.encoder_weights] if args.encoder_weights else []
-    args.place += ["--tokens", args.tokens] if args.tokens else []
-    args.place += ["--device", args.device]
+    vars(args).update({k: v for k, v in budget.items() if k != "images" or args.images is None})
+    if args.images < 2 or args.processes < 1:
+        raise ValueError("--images is at least 2, --processes at least 1")
+    args.seeds = [*dict.fromkeys(args.seeds)]
+    args.flags = [*args.flags.split(), *"--lr-schedule constant --sample-every 0".split(), *flags, *extra]
+    args.place = [*(["--data", args.data] if args.data else ["--demo"]), *place, "--device", args.device]
     if args.budget != "paper" and fast_bf16(pick_device(args.device)):
         args.sampling += " --precision bf16"  # half the time
     run, method, _ = resolve([*args.flags, *args.place, "--out", f"{args.out}/none"])
-    if run.lr_schedule != "constant" or run.steps < args.points:
-        raise ValueError(f"the {args.points} legs need --lr-schedule constant, and as many --steps")
-    args.legs = [run.steps * (i + 1) // args.points for i in range(args.points)]
     args.decoder = ["--device", args.device]
     for name in ("vae", "vae_weights"):
         if getattr(run, name) is not None:
             args.decoder += [f"--{name.replace('_', '-')}", getattr(run, name)]
-    return args, (run, network_config(run, method))  # what does not fit together is said before anything slow
+    return run, network_config(run, method)  # what does not fit together is said before anything slow
+
+
+def prepare(argv):
+    """argv -> (args with what the budget says, (train.py's Run, its Config)). ValueError where flags do not fit."""
+    args, extra = parse(build_parser(), argv)
+    if args.learn_teacher is not None and (args.learn_teacher < 10 or not args.encoder_weights):
+        raise ValueError("--learn-teacher, at least 10, writes the file of --encoder-weights: name it")
+    args.arms = [*dict.fromkeys(KNOBS if args.sweep else args.arms)]
+    place = ["--encoder-weights", args.encoder_weights] if args.encoder_weights else []
+    place += ["--tokens", args.tokens] if args.tokens else []
+    run, config = settle(args, BUDGETS[args.budget], ["--encoder", args.encoder], place, extra)
+    if run.lr_schedule != "constant" or run.steps < args.points:
+        raise ValueError(f"the {args.points} legs need --lr-schedule constant, and as many --steps")
+    args.legs = [run.steps * (i + 1) // args.points for i in range(args.points)]
+    return args, (run, config)
 
 
 def same_comparison(path, settings):

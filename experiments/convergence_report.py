@@ -102,6 +102,13 @@ def with_interval(value, around, digits):
     return f"{value:.{digits}f}" + (f" [{around[0]:.{digits}f}, {around[1]:.{digits}f}]" if around else "")
 
 
+def spread(values, digits):
+    """Mean ± standard deviation of some numbers, a dash of none."""
+    values = [*values]
+    error = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{error}" if values else "–"
+
+
 def table(runs, step, facts, base):
     """Markdown, an arm a row, at `step`: mean ± standard deviation over seeds, differences with their intervals."""
     metrics = {"held-out loss": (lambda run: run["held_out"], 4)}
@@ -118,10 +125,9 @@ def table(runs, step, facts, base):
         for curve_of, digits in metrics.values():
             curves = by_seed(done, arm, curve_of)
             values = [curve[step] for curve in curves.values()]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             gaps = against(curves, by_seed(done, base, curve_of)) if arm != base else {}
             gap = interval(lambda seeds: mean_at(gaps, seeds, step), [*gaps])
-            cells += [f"{statistics.mean(values):.{digits}f}{spread}"]
+            cells += [spread(values, digits)]
             cells += [with_interval(mean_at(gaps, gaps, step), gap, digits) if gaps else "–"]
         cells += [f"{statistics.median(run['images_per_s'] for run in own):.0f}"]
         out += f"| {' | '.join(cells)} |\n"
@@ -199,10 +205,8 @@ def report(args, facts):
     """
     out, runs = Path(args.out), collect(args)
     done = [step for step in args.legs if any(step in c for run in runs for c in run["distance"].values())]
-    paths = (
-        "data out encoder_weights tokens inception reference classifier place decoder".split()
-    )  # of this machine only
-    settings = {k: v for k, v in vars(args).items() if k not in paths}
+    paths = "data out encoder_weights tokens inception reference classifier place decoder".split()
+    settings = {k: v for k, v in vars(args).items() if k not in paths}  # these are of this machine only
     everything = dict(settings=settings, distance=facts, runs=runs, **versions())
     write_text(out / "results.json", json.dumps(everything, indent=1) + "\n")
     base = args.arms[0]

@@ -55,9 +55,9 @@ def open_tokens(source, images, device):
 # ---- An encoder at work ----
 
 
-def pixels(images):
-    """The patches as tokens, in [-1, 1]: uint8 [B, 3, S, S] -> [B, T, 3 (S/16)^2]."""
-    p = images.shape[-1] // GRID
+def pixels(images, grid=GRID):
+    """The patches as tokens, in [-1, 1]: uint8 [B, 3, S, S] -> [B, T, 3 (S / grid)^2]."""
+    p = images.shape[-1] // grid
     return F.unfold(images.float() / 127.5 - 1, p, stride=p).transpose(1, 2)
 
 

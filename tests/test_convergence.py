@@ -226,7 +226,7 @@ def test_speedups_and_intervals_of_known_curves():
         ("--reference stats.npz", "goes with --inception"),
         ("--learn-teacher 15", "--encoder-weights: name it"),
         ("--learn-teacher 15 --encoder-weights nowhere", "hog has no weights"),
-        ("--learn-teacher 5 --encoder-weights nowhere", "--learn-teacher at least 10"),
+        ("--learn-teacher 5 --encoder-weights nowhere", "--learn-teacher, at least 10"),
         ("--images 1", "--images is at least 2"),
         ("-- --out elsewhere", "--out after --"),
         ("-- --lr-schedule cosine", "need --lr-schedule constant"),

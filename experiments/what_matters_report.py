@@ -1,0 +1,122 @@
+"""What came out of experiments/what_matters.py, so far: its table, correlations and figure."""
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.convergence_report import interval, spread, with_interval
+from experiments.spatial_correlations import LABELS, correlate
+from plumbing.files import write_text
+from plumbing.records import versions
+
+ARMS = ["repa", "irepa"]
+
+
+def distances_of(result, name):
+    """{teacher: {arm: {seed: distance}}}, None being the teacher of SiT."""
+    found = {title: {arm: {} for arm in ARMS} for title in result["teachers"]} | {None: {"sit": {}}}
+    for run in result["runs"]:
+        found[run["teacher"]][run["arm"]][run["seed"]] = run["distance"][name]
+    return found
+
+
+def gains_of(of_arms):
+    """{seed: REPA's distance minus iREPA's} where both are there."""
+    repa, irepa = (of_arms[arm] for arm in ARMS)
+    return {seed: repa[seed] - irepa[seed] for seed in repa if seed in irepa}
+
+
+def table(result, name, found):
+    """Markdown: a teacher a row, its accuracy and structure, the distances of both methods, and what iREPA gains."""
+    columns = [c for c in LABELS if any(c in metrics for metrics in result["teachers"].values())]
+    out = f"{name} after {result['steps']} steps, means over seeds; SiT without a teacher:"
+    out += f" {spread(found[None]['sit'].values(), 2)}; real images: {result['of_real'][name]:.2f}.\n\n"
+    out += f"| teacher | {' | '.join(LABELS[c] for c in columns)} | REPA | iREPA | gain |\n"
+    out += f"|{'---|' * (len(columns) + 4)}\n"
+    for title, metrics in result["teachers"].items():
+        gains = gains_of(found[title])
+        around = interval(lambda seeds: statistics.mean(gains[seed] for seed in seeds), [*gains])
+        cells = [title, *(f"{metrics[c][0]:.{1 if 'probe' in LABELS[c] else 3}f}" for c in columns)]
+        cells += [spread(found[title][arm].values(), 2) for arm in ARMS]
+        cells += [with_interval(statistics.mean(gains.values()), around, 2) if gains else "–"]
+        out += f"| {' | '.join(cells)} |\n"
+    return out
+
+
+def correlations(result, found):
+    """{arm: what correlate() finds over its teachers, with "titles"}, where they are four at least."""
+    out = {}
+    for arm in ARMS:
+        rows = []
+        for title, metrics in result["teachers"].items():
+            if values := found[title][arm].values():
+                rows.append(dict(fid=statistics.mean(values), **{key: value[0] for key, value in metrics.items()}))
+        if len(rows) >= 4 and len({row["fid"] for row in rows}) > 1:
+            out[arm] = correlate(rows)
+    return out
+
+
+def correlation_table(found, name):
+    columns = [*next(iter(found.values()))]
+    heads = ["", "n", *(f"{arm}: {r} r" for arm in found for r in ("Pearson", "Spearman"))]
+    out = f"Correlation with {name} over the teachers, and 95 % bootstrap intervals:\n\n"
+    out += f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n"
+    for column in columns:
+        of_arms = [of_arm[column] for of_arm in found.values()]
+        rs = [of_arm[r] for of_arm in of_arms for r in ("pearson", "spearman")]
+        cells = [LABELS[column], str(len(of_arms[0]["x"])), *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*r) for r in rs)]
+        out += f"| {' | '.join(cells)} |\n"
+    return out
+
+
+def draw(result, found, correlated, name, path):
+    """A panel for each metric: distances against it, a number a teacher; and the gain of iREPA over REPA, by name."""
+    titles = [*result["teachers"]]
+    columns = [*next(iter(correlated.values()))]
+    figure = Figure(figsize=(3.4 * len(columns) + 5, 4.6), layout="constrained")
+    *axes, bars = figure.subplots(1, len(columns) + 1, width_ratios=[3.4] * len(columns) + [5])
+    for axis, column in zip(axes, columns):
+        lines = []
+        for colour, (arm, of_arm) in zip(("C0", "C3"), correlated.items()):
+            x, y = np.array(of_arm[column]["x"]), np.array(of_arm[column]["fid"])
+            axis.scatter(x, y, s=12, color=colour, label=arm)
+            for title, *place in zip([t for t in titles if found[t][arm]], x, y):
+                number, beside = str(titles.index(title) + 1), dict(textcoords="offset points", fontsize=7)
+                axis.annotate(number, place, (2, 2), color=colour, **beside)
+            ends = np.array([x.min(), x.max()])
+            axis.plot(ends, np.polyval(np.polyfit(x, y, 1), ends), color=colour, linewidth=1)
+            lines.append(f"{arm}: r {of_arm[column]['pearson'][0]:+.2f}, rank r {of_arm[column]['spearman'][0]:+.2f}")
+        axis.set_xlabel(LABELS[column])
+        axis.set_title("\n".join(lines), fontsize=9)
+        axis.ticklabel_format(useOffset=False)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"{name} (lower is better)")
+    axes[0].legend(fontsize=8)
+    for i, title in enumerate(titles):
+        if gains := [*gains_of(found[title]).values()]:
+            bars.barh(i, statistics.mean(gains), color="C2", alpha=0.5)
+            bars.plot(gains, [i] * len(gains), "k.", markersize=4)
+    bars.set_yticks(range(len(titles)), [f"{i + 1} {title}" for i, title in enumerate(titles)], fontsize=8)
+    bars.invert_yaxis()
+    bars.axvline(0, color="black", linewidth=1)
+    bars.set(xlabel=f"{name}: REPA minus iREPA, a dot a seed", title="what iREPA gains")
+    bars.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=110)
+
+
+def report(args, teachers, runs, facts):
+    """results.json, table.md and the figures in OUT, of what is there so far -> the tables."""
+    out, texts = Path(args.out), []
+    result = dict(steps=args.steps, seeds=args.seeds, flags=args.flags, teachers=teachers, runs=runs, **facts)
+    write_text(out / "results.json", json.dumps({**result, **versions()}, indent=1) + "\n")
+    for i, name in enumerate(facts["of_real"]):
+        found = distances_of(result, name)
+        texts.append(table(result, name, found))
+        if correlated := correlations(result, found):
+            texts.append(correlation_table(correlated, name))
+            draw(result, found, correlated, name, out / f"what_matters{f'-{name}' if i else ''}.png")
+    write_text(out / "table.md", "\n".join(texts))
+    return "\n".join(texts)
