@@ -3,7 +3,7 @@
     python -m experiments.convergence --data cifar10_train.zip                 two CPU cores, the HOG teacher
     python -m experiments.convergence                                          the same on drawn shapes, no data
     python -m experiments.convergence --data cifar10_train.zip --budget gpu --seeds 0
-    python -m experiments.convergence --data cifar10_train.zip --sweep --out runs/knobs      gamma, kernel, coefficient
+    python -m experiments.convergence --data cifar10_train.zip --budget short --sweep --out runs/knobs
     python -m experiments.convergence --data cifar10_train.zip --encoder timm:test_vit --encoder-weights vit.pt \\
         --learn-teacher 1500 --classifier runs/convergence/classifier.pt --out runs/convergence-vit
     python -m experiments.convergence --budget paper --processes 8 --data data/imagenet/train --inception FILE \\
@@ -76,6 +76,12 @@ KNOBS = {"irepa": "--method irepa"} | {
 # The paper's average has a constant decay and its samples random labels. The other budgets are ours: short runs, whose
 # average must forget the first weights, and few samples, which are drawn in equal numbers of each class.
 BUDGETS = {
+    "short": dict(
+        flags="--image-size 32 --model SiT-S/4 --hidden-size 128 --depth 4 --num-heads 2 --encoder-depth 2"
+        " --projector-dim 512 --batch-size 64 --steps 1000 --lr 2e-3 --warmup 100 --ema 0.99 --ema-warmup"
+        " --log-every 100",
+        points=2, images=2000, sampling="--labels balanced --sampler heun --steps 10 --batch-size 250", learn=7000,
+    ),
     "laptop": dict(
         flags="--image-size 32 --model SiT-S/4 --hidden-size 192 --depth 4 --num-heads 3 --encoder-depth 2"
         " --projector-dim 512 --batch-size 64 --steps 2000 --lr 2e-3 --warmup 100 --ema 0.995 --ema-warmup"
@@ -222,9 +228,9 @@ def measure(args, folder, step, distances):
 # ---- Command line ----
 
 
-def add_common(add):
-    """The flags of every program that compares short runs."""
-    add("--budget", default="laptop", choices=BUDGETS, help="sizes of model and run")
+def add_common(add, budget):
+    """The flags of every program that compares short runs; budget: the default."""
+    add("--budget", default=budget, choices=BUDGETS, help="sizes of model and run")
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--images", type=int, help="samples for the distance")
     add("--inception", metavar="FILE", help="weights as fid.py takes them: the distance is then FID")
@@ -247,7 +253,7 @@ def build_parser():
     add("--encoder-weights", metavar="FILE", help="as in train.py")
     add("--tokens", metavar="DIR", help="as in train.py")
     add("--learn-teacher", type=int, metavar="STEPS", help="make that file first, in as many steps on --data")
-    add_common(add)
+    add_common(add, "laptop")
     return parser
 
 

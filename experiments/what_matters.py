@@ -12,7 +12,8 @@ timm that learns to classify --data here, in so many steps, 0 for random weights
 For each teacher its tokens are written once to OUT/tokens. On the same images they give the accuracy of a linear probe
 and LDS, CDS and RMSC (spatial_structure.py); then REPA and iREPA are trained from them, from the same weights, batches
 and noise for all teachers, and the Frechet distance of their samples is taken as in convergence.py. OUT holds
-results.json, table.md and what_matters.png. Who was stopped goes on; teachers and seeds can be added.
+results.json, table.md and what_matters.png. Who was stopped goes on; teachers and seeds can be added, and what is in
+results.json is not made again.
 """
 
 import functools
@@ -27,7 +28,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from experiments import convergence
-from experiments.convergence import BUDGETS, leg, measure, meters
+from experiments.convergence import BUDGETS, leg, measure, meters, same_comparison
 from experiments.learned import learn_teacher, parts_of
 from experiments.linear_probe import draw_patches, probe
 from experiments.spatial_structure import measure as structure_of
@@ -37,7 +38,7 @@ from inputs.images import ImageSet
 from inputs.teachers import find_encoder, load_encoder
 from inputs.tokens import Tokens, folder_of, write_tokens
 from plumbing import jobs
-from plumbing.files import mistakes, write_text
+from plumbing.files import mistakes
 from plumbing.flags import make_parser
 from plumbing.processes import pick_device, start_ranks
 from plumbing.records import rows_of
@@ -48,11 +49,6 @@ TEACHERS = (
     " efficientnet_lite0@2 efficientnet_lite0@3 efficientnet_lite0@4 efficientnet_lite2@1 efficientnet_lite2@3"
     " efficientnet_lite0@3+0.1 efficientnet_lite0@3+0.3 efficientnet_lite0@3+0.5"
 ).split()
-SHORT = dict(
-    flags="--image-size 32 --model SiT-S/4 --hidden-size 128 --depth 4 --num-heads 2 --encoder-depth 2"
-    " --projector-dim 512 --batch-size 64 --steps 1000 --lr 2e-3 --warmup 100 --ema 0.99 --ema-warmup --log-every 100",
-    images=2000, sampling="--labels balanced --sampler heun --steps 10 --batch-size 250", learn=7000,
-)  # fmt: skip
 
 
 # ---- Teachers ----
@@ -159,7 +155,7 @@ def build_parser():
     add("--teachers", nargs="+", default=TEACHERS, metavar="NAME[=STEPS][+A]")
     add("--out", default="runs/what-matters", metavar="DIR")
     add("--looked-at", type=int, default=2000, metavar="N", help="images whose tokens are measured and classified")
-    convergence.add_common(add)
+    convergence.add_common(add, "short")
     return parser
 
 
@@ -168,8 +164,7 @@ def prepare(argv):
     args, extra = convergence.parse(build_parser(), argv)
     args.teachers = [parse(title) for title in dict.fromkeys(args.teachers)]
     flags = ["--steps", "100000"] if args.budget == "paper" else []  # as in the paper's figure
-    budget = SHORT if args.budget == "laptop" else BUDGETS[args.budget]
-    run, config = convergence.settle(args, budget, flags, [], extra)
+    run, config = convergence.settle(args, BUDGETS[args.budget], flags, [], extra)
     args.steps, args.grid, args.size = run.steps, config.input_size // config.patch_size, run.image_size
     if args.looked_at < 50:
         raise ValueError("--looked-at is at least 50")
@@ -185,20 +180,23 @@ def main(argv=None):
         args.ranks = start_ranks(device, 60)
         out.mkdir(parents=True, exist_ok=True)
         distances, facts = meters(args, data, device)
-    teachers, folders, runs = {}, {None: None}, []
+        same = {name: getattr(args, name) for name in ("flags", "images", "sampling", "reference", "looked_at")}
+        same_comparison(out / "settings.json", dict(same, data_images=len(data), network=facts["network"]))
+    before = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
+    teachers, folders = before.get("teachers", {}), {None: None}
+    runs = {(run["teacher"], run["arm"], run["seed"]): run for run in before.get("runs", [])}
     for teacher in tqdm(args.teachers, "teachers"):
         folders[teacher], tokens = cache_of(teacher, args, data, device)
-        seen = folders[teacher] / "structure.json"
-        if not seen.exists():
-            write_text(seen, json.dumps(look(tokens, data, args.looked_at, device)))
-        teachers[teacher.title] = json.loads(seen.read_text())
+        if teacher.title not in teachers:
+            teachers[teacher.title] = look(tokens, data, args.looked_at, device)
     with tqdm(runs_of(args), "runs", unit="run") as bar:
         for teacher, arm, seed in bar:
             title = teacher.title if teacher else None
             bar.set_description(f"{title}, {arm}, seed {seed}")
-            found = distance_of(args, teacher, arm, seed, folders[teacher], distances)
-            runs.append(dict(teacher=title, arm=arm, seed=seed, distance=found))
-            text = report(args, teachers, runs, facts)
+            if (title, arm, seed) not in runs:
+                found = distance_of(args, teacher, arm, seed, folders[teacher], distances)
+                runs[title, arm, seed] = dict(teacher=title, arm=arm, seed=seed, distance=found)
+            text = report(args, teachers, [*runs.values()], facts)
     print(f"{text}\n{out}: results.json, table.md, what_matters.png")
 
 

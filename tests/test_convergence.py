@@ -79,6 +79,7 @@ def test_the_papers_budget_is_its_protocol_and_the_others_are_ours(tmp_path, mon
     monkeypatch.setattr(convergence, "call", lambda module, flags, processes: asked.append(flags))
     for budget, warms_up, labels in (
         ("paper", False, "random"),
+        ("short", True, "balanced"),
         ("laptop", True, "balanced"),
         ("gpu", True, "balanced"),
     ):

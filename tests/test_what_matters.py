@@ -1,6 +1,7 @@
 """experiments/what_matters.py: many teachers, the same runs with each."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def tiny(tmp_path, monkeypatch):
         "--image-size 16 --model SiT-S/2 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4 --ema 0.5"
     )
     budget = dict(flags=f"{flags} --lr 0.02 --encoder-depth 1 --log-every 4 --precision fp32", images=12, learn=3)
-    monkeypatch.setattr(what_matters, "SHORT", dict(budget, sampling="--sampler heun --steps 2"))
+    monkeypatch.setitem(what_matters.BUDGETS, "short", dict(budget, sampling="--sampler heun --steps 2"))
     return tmp_path / "data"
 
 
@@ -38,7 +39,7 @@ def compare(data, out, *flags):
     return json.loads((Path(out) / "results.json").read_text())
 
 
-def test_each_teacher_has_its_row_and_the_same_runs(tiny, tmp_path, monkeypatch):
+def test_each_teacher_has_its_row_and_the_same_runs(tiny, tmp_path, capsys, monkeypatch):
     titles = ["hog", "pixels", "timm:test_vit=0", "hog+0.5", "timm:test_vit=10"]
     result = compare(tiny, tmp_path / "out", "--seeds", "0", "--teachers", *titles)
     assert [*result["teachers"]] == titles and {*result["teachers"]["hog"]} >= {"accuracy", "lds", "cds", "rmsc"}
@@ -55,7 +56,9 @@ def test_each_teacher_has_its_row_and_the_same_runs(tiny, tmp_path, monkeypatch)
     assert not [*tmp_path.glob("out/runs/*/*.pt")]
 
     monkeypatch.setattr(what_matters, "leg", None)  # what is measured is not trained again
+    shutil.rmtree(tmp_path / "out/runs")  # nor what is in results.json
     assert compare(tiny, tmp_path / "out", "--seeds", "0", "--teachers", *titles)["runs"] == result["runs"]
+    assert "was started with images 12, not 14" in refused(capsys, compare, tiny, tmp_path / "out", "--images", "14")
 
 
 def test_pixels_are_the_patches():
