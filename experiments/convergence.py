@@ -80,13 +80,13 @@ BUDGETS = {
         flags="--image-size 32 --model SiT-S/4 --hidden-size 128 --depth 4 --num-heads 2 --encoder-depth 2"
         " --projector-dim 512 --batch-size 64 --steps 1000 --lr 2e-3 --warmup 100 --ema 0.99 --ema-warmup"
         " --log-every 100",
-        points=2, images=2000, sampling="--labels balanced --sampler heun --steps 10 --batch-size 250", learn=7000,
+        points=2, images=2000, sampling="--labels balanced --sampler heun --steps 10 --batch-size 250", learn=4000,
     ),
     "laptop": dict(
         flags="--image-size 32 --model SiT-S/4 --hidden-size 192 --depth 4 --num-heads 3 --encoder-depth 2"
         " --projector-dim 512 --batch-size 64 --steps 2000 --lr 2e-3 --warmup 100 --ema 0.995 --ema-warmup"
         " --log-every 100",
-        points=5, images=2000, sampling="--labels balanced --sampler heun --steps 10 --batch-size 250", learn=7000,
+        points=4, images=2000, sampling="--labels balanced --sampler heun --steps 10 --batch-size 250", learn=4000,
     ),
     "gpu": dict(
         flags="--image-size 32 --model SiT-S/2 --batch-size 256 --steps 1200 --lr 5e-4 --warmup 100 --ema 0.995"

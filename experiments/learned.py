@@ -49,21 +49,21 @@ class Classifier(nn.Module):
         return self.head(self.features(images))  # (B, classes)
 
 
-def fit(network, logits, data, steps, device, desc):
+def fit(network, logits, opt, data, steps, device, desc):
     """Train `network` in place, logits(images uint8) being its answer -> accuracy on images that it does not see.
 
-    Cross-entropy, AdamW with one cycle of the learning rate, batches of 128, flips, shifts of up to an eighth.
+    Cross-entropy, one cycle of opt's learning rate, batches of 128, flips, shifts of up to a sixteenth.
     """
     seen, unseen = parts_of(data)
-    rng, opt = np.random.default_rng(0), torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps, pct_start=0.2)
+    rng, top = np.random.default_rng(0), opt.defaults["lr"]
+    cycle = torch.optim.lr_scheduler.OneCycleLR(opt, top, total_steps=steps, pct_start=0.2, cycle_momentum=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
     network.to(device).train()
     for _ in tqdm(range(steps), desc, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30):
         images, labels = (a.to(device) for a in data[np.sort(rng.choice(seen, 128))][:2])
         flips = torch.from_numpy(rng.random(128) < 0.5).to(device)
         images = torch.where(flips[:, None, None, None], images.flip(3), images)
-        images = shifted(images, torch.from_numpy(rng.integers(0, images.shape[-1] // 4 + 1, (2, 128))).to(device))
+        images = shifted(images, torch.from_numpy(rng.integers(0, images.shape[-1] // 8 + 1, (2, 128))).to(device))
         with autocast:
             loss = F.cross_entropy(logits(images), labels)
         opt.zero_grad()
@@ -80,9 +80,9 @@ def fit(network, logits, data, steps, device, desc):
 
 
 def shifted(images, places):
-    """images [B, 3, S, S] in a frame of S / 8 of their mirrored edges, cut out from places [2, B], rows and columns."""
+    """images [B, 3, S, S] in a frame of S / 16 of their mirrored edges, cut out from places [2, B], rows and columns."""
     side = images.shape[-1]
-    wide = F.pad(images.float(), [side // 8] * 4, "reflect").permute(0, 2, 3, 1)
+    wide = F.pad(images.float(), [side // 16] * 4, "reflect").permute(0, 2, 3, 1)
     rows, columns = places[..., None] + torch.arange(side, device=images.device)  # (B, S) each
     one = torch.arange(len(images), device=images.device)[:, None, None]
     return wide[one, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
@@ -102,7 +102,8 @@ def classifier_for(path, data, steps, device):
     network = Classifier(len(data.classes))
     path.parent.mkdir(parents=True, exist_ok=True)  # not only found impossible after the training
     if not path.exists():
-        accuracy = fit(network, network, data, steps, device, "classifier")
+        opt = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        accuracy = fit(network, network, opt, data, steps, device, "classifier")
         state = dict(state_dict=network.state_dict(), accuracy=accuracy, classes=data.classes, steps=steps)
         write_whole(path, lambda f: torch.save(state, f))
     state = read_checkpoint(path)
@@ -135,7 +136,8 @@ def learn_teacher(name, path, data, steps, grid, device):
         x = F.interpolate(x, (shown.side, shown.side), mode=shown.entry.resize, align_corners=False)
         return model(x)[:, : len(data.classes)]
 
-    accuracy = fit(model, logits, data, steps, device, "teacher")
+    opt = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    accuracy = fit(model, logits, opt, data, steps, device, "teacher")
     state = dict(state_dict=model.cpu().state_dict(), accuracy=accuracy, steps=steps)
     write_whole(path, lambda f: torch.save(state, f))
     return accuracy

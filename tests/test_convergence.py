@@ -182,12 +182,12 @@ def test_the_distance_of_equal_sets_is_zero(few, tmp_path):
 
 
 def test_each_image_is_shifted_by_its_own_place():
-    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     moved = learned.shifted(images, torch.tensor([[2, 0, 4], [2, 2, 3]]))
     assert moved.shape == images.shape and torch.equal(moved[0], images[0].float())
     assert torch.equal(moved[1, :, 2:], images[1, :, :-2].float())  # down by two, over the mirrored edge
     assert torch.equal(moved[1, :, 0], images[1, :, 2].float())
-    assert torch.equal(moved[2, :, :14, :15], images[2, :, 2:, 1:].float())
+    assert torch.equal(moved[2, :, :30, :31], images[2, :, 2:, 1:].float())
 
 
 def test_a_teacher_is_learned_and_read_back(tmp_path, monkeypatch):
