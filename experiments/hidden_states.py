@@ -43,9 +43,11 @@ BATCH = 50
 def cknna(a, b, k=NEIGHBOURS):
     """Centred kernel nearest-neighbour alignment of the rows of a [N, D] and b [N, E], 1 where they agree.
 
-    Huh et al., The Platonic Representation Hypothesis (arXiv 2405.07987, appendix A), as REPA measures it: with
-    K[i, j] = <a_i, a_j> minus its mean over j, rows of length 1, L of b alike, and S(K, L) the sum of K[i, j] L[i, j]
-    over pairs i != j in which j is among the k nearest of i both in a and in b: S(K, L) / sqrt(S(K, K) S(L, L)).
+    Huh et al., The Platonic Representation Hypothesis (arXiv 2405.07987, appendix A), as their code and REPA measure
+    it: K[i, j] = <a_i, a_j> for rows of length 1, L of b alike, both 0 but where j is among the k nearest of i in a and
+    in b, the row itself not counted; CKNNA = H(K, L) / sqrt(H(K, K) H(L, L)), in whose factors only the own neighbours
+    count, with the unbiased HSIC H of Song et al. (JMLR 13, 2012, equation 5). Neighbours are not mutual, so that K is
+    not symmetric: its trace(K L) has the pairs alone that are.
     """
     if len(a) != len(b) or len(a) <= k:
         raise ValueError(f"CKNNA needs as many rows of both, and more than {k}: {len(a)} and {len(b)}")
@@ -56,12 +58,14 @@ def cknna(a, b, k=NEIGHBOURS):
         itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
         chosen = kernel.masked_fill(itself, -torch.inf).topk(k, dim=1).indices
         near.append(torch.zeros_like(itself).scatter(1, chosen, True))
-        kernels.append(kernel - kernel.mean(1, keepdim=True))
+        kernels.append(kernel)
 
-    def total(i, j):
-        return (kernels[i] * kernels[j] * (near[i] & near[j])).sum()
+    def hsic(i, j):
+        n, both = len(a), near[i] & near[j]
+        K, L = kernels[i] * both, kernels[j] * both
+        return (K * L.T).sum() + K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 * (K @ L).sum() / (n - 2)
 
-    return (total(0, 1) / (total(0, 0) * total(1, 1)).sqrt()).item()
+    return (hsic(0, 1) / (hsic(0, 0) * hsic(1, 1)).sqrt()).item()
 
 
 # ---- The tokens of a model ----

@@ -25,14 +25,16 @@ def test_cknna_is_its_definition():
     def near(v, i):
         return sorted((j for j in range(n) if j != i), key=lambda j: -float(v[i] @ v[j]))[:k]
 
-    def centred(v, i, j):
-        return float(v[i] @ v[j]) - sum(float(v[i] @ v[other]) for other in range(n)) / n
+    def hsic(u, v):
+        K, L = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+        for i in range(n):
+            for j in {*near(u, i)} & {*near(v, i)}:
+                K[i, j], L[i, j] = u[i] @ u[j], v[i] @ v[j]
+        trace = sum(K[i, j] * L[j, i] for i in range(n) for j in range(n))
+        paths = sum(K[i, j] * L[j, q] for i in range(n) for j in range(n) for q in range(n))
+        return float(trace + K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 * paths / (n - 2))
 
-    def total(u, v):
-        pairs = [(i, j) for i in range(n) for j in near(u, i) if j in near(v, i)]
-        return sum(centred(u, i, j) * centred(v, i, j) for i, j in pairs)
-
-    assert cknna(a, b, k) == pytest.approx(total(x, y) / math.sqrt(total(x, x) * total(y, y)), abs=1e-9)
+    assert cknna(a, b, k) == pytest.approx(hsic(x, y) / math.sqrt(hsic(x, x) * hsic(y, y)), abs=1e-9)
     turned = a @ torch.linalg.qr(torch.randn(5, 5, generator=generator))[0]
     assert cknna(a, 3 * turned, k) == pytest.approx(1, abs=1e-5)  # lengths and directions of the axes do not count
     assert 0 < cknna(a, torch.randn(14, 4, generator=generator), k) < cknna(a, b, k) < 1
