@@ -37,7 +37,7 @@ from plumbing.checkpoints import hold_folder
 from plumbing.files import mistakes
 from plumbing.jobs import begin_log, finish, names_of, open_job, save
 from plumbing.processes import compile_blocks, ignore_signals, is_first, noted_signals, start_ranks
-from plumbing.records import Meter, append, plot, progress, save_grid, to_uint8, warned
+from plumbing.records import Meter, append, plot, progress, save_grid, save_progress, to_uint8, warned
 from sample import generate
 
 # ---- The order of the data ----
@@ -248,6 +248,7 @@ def draw(ema, learner, folder, step):
         x = generate(ema, labels, range(len(labels)), 0, job.method.solve, how)
     latent = learner.decoder(ema)
     save_grid(to_uint8(decode(latent.vae, x, latent.spec) if latent else x), names, folder / f"step-{step:07d}.png")
+    save_progress(folder, names, 8)
     for name, (images, rows) in learner.pictures().items():
         save_grid(to_uint8(images), rows, folder / f"{name}-{step:07d}.png")
 

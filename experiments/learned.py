@@ -80,7 +80,7 @@ def fit(network, logits, opt, data, steps, device, desc):
 
 
 def shifted(images, places):
-    """images [B, 3, S, S] in a frame of S / 16 of their mirrored edges, cut out from places [2, B], rows and columns."""
+    """images [B, 3, S, S] in a frame of S / 16 of mirrored edges, cut out from places [2, B], rows and columns."""
     side = images.shape[-1]
     wide = F.pad(images.float(), [side // 16] * 4, "reflect").permute(0, 2, 3, 1)
     rows, columns = places[..., None] + torch.arange(side, device=images.device)  # (B, S) each

@@ -185,6 +185,24 @@ def save_grid(images, names, path):
     write_whole(path, lambda f: grid.save(f, "PNG"))
 
 
+def save_progress(folder, names, columns):
+    """Write folder/progress.png from its grids step-*.png, of names[row] and `columns` images each: the first of every
+    row, or some of a few rows, a line a time; of many times twelve."""
+    files = sorted(folder.glob("step-*.png"))
+    files = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, 12).round().astype(int))]
+    tiles = []
+    for file in files:
+        with Image.open(file) as image:
+            grid = np.asarray(image)
+        cell = len(grid) // len(names)
+        left = grid.shape[1] - columns * cell
+        for y in range(0, len(grid), cell):
+            for x in range(left, left + cell * max(1, columns // len(names)), cell):
+                tiles.append(grid[y + 2 : y + cell - 2, x : x + cell - 4])
+    images = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2)
+    save_grid(images, [f"step {int(file.stem[5:])}" for file in files], folder / "progress.png")
+
+
 def write_npz(path, chunks, shape, labels):
     """An npz of arr_0, uint8 of `shape`, from the .npy files `chunks`, one after the other, and of labels."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z:

@@ -15,6 +15,7 @@ import irepa
 import sample
 from inputs.shapes import Shapes
 from irepa import Config, Sampling, SiT
+from plumbing import records
 from plumbing.records import to_uint8
 from test_irepa import TINY, fill, strong
 from tests.common import RUN, refused, rows_of, run, run_sample
@@ -52,6 +53,7 @@ def test_demo_then_sample(tmp_path, capsys):
     assert {"step", "loss", "denoise", "align", "held_out", "grad_norm", "lr", "images_per_s"} <= row.keys()
     grid = Image.open(out / "samples/step-0000004.png")
     assert grid.height >= 10 * 96 and (out / "curves.png").stat().st_size > 10_000
+    assert Image.open(out / "samples/progress.png").height == 100  # one time so far
     common = ["--ckpt", out / "last.pt", "--steps", 2]
     run_sample(*common)
     run_sample(*common)  # another run takes another name
@@ -78,6 +80,20 @@ def test_demo_then_sample(tmp_path, capsys):
     ):
         assert message in refused(capsys, run_sample, *common, *flags)
     assert asdict(sample.load_checkpoint(out / "last.pt")[1]) == config["config"]
+
+
+def test_progress_is_the_same_noise_over_time(tmp_path):
+    names, drawn = ["dark", "light", "other"], {}
+    for step in range(100, 2100, 100):  # twenty times, of which twelve are shown, the first and the last among them
+        drawn[step] = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8)
+        records.save_grid(drawn[step], names, tmp_path / f"step-{step:07d}.png")
+    records.save_progress(tmp_path, names, 8)
+    strip = np.asarray(Image.open(tmp_path / "progress.png"))
+    assert len(strip) == 12 * 100
+    for y, step in ((0, 100), (1100, 2000)):
+        tiles = strip[y + 2 : y + 98, -600:].reshape(96, 6, 100, 3)[:, :, :96]  # two of each class
+        for place, number in enumerate((0, 1, 8, 9, 16, 17)):
+            assert np.array_equal(tiles[::6, place, ::6], drawn[step][number].permute(1, 2, 0).numpy())
 
 
 def test_one_class_trains_and_samples_and_guidance_has_nothing_to_guide(tmp_path, monkeypatch, capsys):
