@@ -14,53 +14,25 @@ losses and images are read, so that nothing is skipped. Weights are random: spee
 
 import argparse
 import copy
-import functools
 import json
-import statistics
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 import fid
+from experiments.benchmark_official import official
+from experiments.rivals import Step, random_teacher, table, windows
 from inputs.images import ImageSet
 from inputs.latents import Cached
 from inputs.shards import Shards
-from inputs.teachers import DRAWN, load_encoder
-from irepa import Config, Sampling, SiT, irepa_loss, stream
-from plumbing.files import mistakes, one_line, write_text
+from irepa import Config, Sampling, SiT
+from plumbing.files import mistakes, write_text
 from plumbing.flags import make_parser
-from plumbing.processes import compile_blocks, device_name, fast_bf16, mixed, pick_device
+from plumbing.processes import compile_blocks, device_name, pick_device
 from sample import generate
-from train import average, update
-
-
-def windows(rivals, count, device="cpu"):
-    """{name: callable} -> {name: median seconds of a call}, the callables taking turns."""
-    seconds = {name: [] for name in rivals}
-    for i in range(count + 1):  # the first is the warm-up
-        for name, call in rivals.items():
-            start = time.perf_counter()
-            call()
-            if torch.device(device).type == "cuda":
-                torch.cuda.synchronize()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) for name, s in seconds.items()}
-
-
-def table(title, rows):
-    """Print dicts of the same keys, one a line."""
-    print(f"\n{title}")
-    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
 def peak_memory(make, device):
@@ -84,53 +56,6 @@ def matmul_rate(device):
 # ---- Training ----
 
 
-class Step:
-    """One training step of train.py on a batch in memory: call it; .teacher() and .update() are its parts.
-
-    teacher: None, or images uint8 -> tokens, with the width `dim` of these.
-    """
-
-    def __init__(self, name, args, device, teacher, dim, compiled):
-        torch.manual_seed(0)
-        self.config = Config.named(name, **(dict(encoder_dim=dim) if teacher else dict(projector=None)))
-        self.model = SiT(self.config).to(device)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        self.opt = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True)
-        compile_blocks(self.model, compiled)
-        rs, n = np.random.RandomState(0), args.batch_size
-        self.images = torch.from_numpy(rs.randint(0, 256, (n, 3, 256, 256)).astype(np.uint8)).to(device)
-        self.x = torch.from_numpy(rs.standard_normal((n, 4, 32, 32)).astype(np.float32)).to(device)
-        self.y = torch.from_numpy(rs.randint(0, 1000, n)).to(device)
-        self.encoder, self.device, self.n = teacher, device, 0
-        self.autocast = lambda: mixed(device, fast_bf16(device))
-
-    def teacher(self):
-        return self.encoder(self.images) if self.encoder else None
-
-    def update(self):
-        update({"model": self.model}, {"model": self.opt}, statistics_before=[], clip=1.0, rate=1e-4)
-        average(self.ema, self.model, 0.9999)
-
-    def loss(self, target):
-        generator = stream("step", 0, self.n, self.device)
-        with self.autocast():
-            return irepa_loss(self.model, self.x, self.y, target, self.config, generator)["loss"]
-
-    def __call__(self):
-        loss = self.loss(self.teacher())
-        loss.backward()
-        self.update()
-        self.n += 1
-        return loss.item()
-
-    def flops(self):
-        """Of a forward pass of an image."""
-        with FlopCounterMode(display=False) as counted, self.autocast():  # the average is not compiled
-            self.ema(self.x[:1], torch.zeros(1, device=self.device), self.y[:1])
-        return counted.get_total_flops()
-
-
 def again(model, update):
     """The update with the gradients that the model has now, as often as it is called: an update takes them away."""
     gradients = [(p, p.grad) for p in model.parameters()]
@@ -141,10 +66,6 @@ def again(model, update):
         update()
 
     return call
-
-
-def random_teacher(name, device):
-    return load_encoder(name, 16, None if name in DRAWN else "random", device)
 
 
 def from_cache(folder, teacher, batch_size, device):
@@ -251,143 +172,6 @@ def data(args, device):
     for what, seconds in windows(rivals, args.windows).items():
         rows.append({"what": what, "images/s of one core": len(some) / seconds})
     table("data at 256 px, one process, files in the page cache", rows)
-    return rows
-
-
-# ---- The official release ----
-
-
-class Theirs:
-    """The official network in the loop that they train with, on the weights, the teacher and the batch of our Step."""
-
-    def __init__(self, release, name, ours):
-        sys.path.insert(0, str(Path(release) / "ldm"))  # their modules lie there, in no package
-        try:
-            from loss import SILoss
-            from models.sit import SiT_models
-            from samplers import euler_maruyama_sampler
-            from utils import SpatialNormalization
-        except ImportError as e:
-            raise ValueError(f"--release {release} is no checkout of the official code ({e})") from e
-        kinds = dict(projection_layer_type="conv", proj_kwargs_kernel_size=3, fused_attn=True, qk_norm=False)
-        net = SiT_models[name](
-            input_size=32, in_channels=4, num_classes=1000, use_cfg=True, z_dims=[ours.encoder.dim],
-            encoder_depth=ours.config.encoder_depth, **kinds,
-        )  # fmt: skip
-        try:
-            net.load_state_dict(ours.model.state_dict())
-        except RuntimeError as e:  # its S sizes have a last layer of width 768, and cannot run
-            raise ValueError(f"the release's {name} is another network: {one_line(e)[:300]}") from e
-        self.net, self.ours = net.to(ours.device).train(), ours
-        self.ema = copy.deepcopy(self.net).requires_grad_(False)
-        self.criterion = SILoss(projection_loss_type="cosine", proj_coeff="1.0")
-        self.normal, self.solve = SpatialNormalization("zscore"), euler_maruyama_sampler
-        # they keep its weights in float32, for autocast to cast; its attention is ours, on a CPU plain products
-        self.teacher = copy.deepcopy(ours.encoder).float()
-
-    def losses(self, net, x, y, tokens):
-        denoise, align, _ = self.criterion(net, x, dict(y=y), zs=[self.normal(tokens, zscore_alpha=0.6)])
-        return denoise.mean(), align.mean()
-
-    def stepper(self, compiled):
-        """-> their training step, to be called. compiled: network and optimiser, as they train by default."""
-        net, opt = self.net, torch.optim.AdamW(self.net.parameters(), lr=1e-4, weight_decay=0.0)
-
-        def optimise():
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-
-        if compiled:
-            torch._dynamo.config.cache_size_limit = 64
-            net, optimise = torch.compile(net), torch.compile(optimise)
-        return functools.partial(self.step, net, optimise)
-
-    def step(self, net, optimise):
-        ours = self.ours
-        with torch.autocast(ours.device.type, torch.bfloat16, enabled=fast_bf16(ours.device)):
-            denoise, align = self.losses(net, ours.x, ours.y, self.teacher(ours.images))
-            loss = denoise + align
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        optimise()
-        with torch.no_grad():
-            for slow, fast in zip(self.ema.parameters(), self.net.parameters()):
-                slow.mul_(0.9999).add_(fast, alpha=1e-4)
-        return loss.item()
-
-    @torch.no_grad()
-    def samples(self, noise, steps):
-        return self.solve(self.ema.eval(), noise, self.ours.y, num_steps=steps).sum().item()
-
-
-def same_losses(name, ours, theirs):
-    """The same weights, draws and target give the same losses, on the CPU in float32."""
-    x, y = ours.x.cpu()[:4], ours.y.cpu()[:4]
-    tokens = ours.encoder(ours.images[:4]).cpu()
-    torch.manual_seed(1)
-    wanted = theirs.losses(copy.deepcopy(theirs.net).cpu(), x, y, tokens)
-    found = irepa_loss(copy.deepcopy(ours.model).cpu(), x, y, tokens, ours.config, torch.Generator().manual_seed(1))
-    pairs = [(a.item(), found[term].item()) for a, term in zip(wanted, ("denoise", "align"))]
-    print(f"{name}: losses, theirs and ours: {pairs}")
-    assert all(abs(a - b) < 1e-4 * max(1, abs(a)) for a, b in pairs)
-
-
-def eager(call):
-    """The same without anything compiled."""
-
-    def called():
-        with torch.compiler.set_stance("force_eager"):
-            return call()
-
-    return called
-
-
-def add_rows(rows, name, what, seconds, pairs, args):
-    """A row for each pair of names (theirs, ours) that were measured, in `seconds`."""
-    for theirs, ours in pairs:
-        if ours in seconds:
-            rates = [args.batch_size / seconds[rival] for rival in (theirs, ours)]
-            rows.append({"model": name, "what": what, "theirs": theirs, "ours": ours})
-            rows[-1].update({"theirs, images/s": rates[0], "ours, images/s": rates[1], "times": rates[1] / rates[0]})
-
-
-def official(args, device):
-    """Their network, loss, spatial norm and sampler in the loop that they train with, on our weights and teacher."""
-    (encoder,) = args.encoders
-    teacher, rows = random_teacher(encoder, device), []
-    for name in args.models:
-        ours = Step(name, args, device, teacher, teacher.dim, args.compile)
-        with torch.no_grad():  # a new model's gates are 0: nothing to compare
-            for p in ours.opt.param_groups[0]["params"]:
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=0.02)
-        theirs = Theirs(args.release, name, ours)
-        same_losses(name, ours, theirs)
-        rivals = {"theirs": theirs.stepper(False), "theirs, compiled": theirs.stepper(True), "ours": eager(ours)}
-        if args.compile:
-            rivals["ours, compiled"] = ours
-        pairs = [("theirs", "ours"), ("theirs, compiled", "ours"), ("theirs, compiled", "ours, compiled")]
-        add_rows(rows, name, "training step", windows(rivals, args.windows, device), pairs, args)
-
-        noise = torch.randn(args.batch_size, 4, 32, 32, device=device)
-        sampled = copy.deepcopy(ours.ema)
-        sampled.projectors = torch.nn.ModuleList()  # sample.py loads none
-        compile_blocks(sampled, args.compile)
-        torch.set_float32_matmul_precision("high")  # as both do
-
-        def our_samples(bf16):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                x = generate(sampled, ours.y.cpu(), range(len(ours.y)), how=Sampling(steps=args.steps))
-            return x.sum().item()
-
-        default, bf16 = (functools.partial(our_samples, bf16) for bf16 in (False, True))
-        rivals = {"theirs": functools.partial(theirs.samples, noise, args.steps)}
-        rivals.update({"ours": eager(default), "ours, bf16": eager(bf16)})
-        if args.compile:
-            rivals.update({"ours, compiled": default, "ours, compiled, bf16": bf16})
-        pairs = [("theirs", what) for what in ("ours", "ours, bf16", "ours, compiled", "ours, compiled, bf16")]
-        add_rows(rows, name, "sampling, SDE", windows(rivals, args.windows, device), pairs, args)
-        torch.set_float32_matmul_precision("highest")
-    table(f"the official release, batch {args.batch_size}, {encoder}, sampling in {args.steps} steps", rows)
     return rows
 
 
