@@ -38,14 +38,14 @@ import fid
 import sample
 import train
 from experiments.convergence_report import measured, report
-from experiments.learned import classifier_for, learn_teacher, parts_of
+from experiments.learned import classifier_for, learn_teacher, learns, parts_of
 from inputs.images import ImageSet
 from inputs.shapes import Shapes
 from inputs.teachers import load_encoder
-from inputs.tokens import weights_sha256
+from inputs.tokens import Tokens, weights_sha256
 from plumbing import jobs
 from plumbing.checkpoints import read_checkpoint
-from plumbing.files import mistakes, write_text, write_whole
+from plumbing.files import lock, mistakes, write_text, write_whole
 from plumbing.flags import make_parser
 from plumbing.processes import fast_bf16, pick_device
 from plumbing.records import rows_of
@@ -100,7 +100,7 @@ BUDGETS = {
     ),
 }  # fmt: skip
 ALSO_GRID = 4  # tokens a side of --also: 128 px at stride 32
-OURS = "method align data demo encoder encoder-weights tokens seed out resume".split()
+OURS = "method align projector gamma data demo encoder encoder-weights tokens seed init out resume device".split()
 
 
 # ---- The distance ----
@@ -129,10 +129,9 @@ def batches_of(data, indices, size=250):
         yield data[indices[i : i + size]][0]
 
 
-def batches_of_npz(path, size=250):
-    images = np.load(path)["arr_0"]
-    for i in range(0, len(images), size):
-        yield torch.from_numpy(images[i : i + size]).permute(0, 3, 1, 2)
+def digest_of(data):
+    """Of the images of a set, by their names and bytes; of drawn shapes their size."""
+    return data.digest if hasattr(data, "digest") else f"shapes of {data.size} px"
 
 
 def meters(args, data, device):
@@ -157,6 +156,8 @@ def meters(args, data, device):
             _, stored = fid.open_set(args.reference)
             if "mu" not in stored:
                 raise ValueError(f"--reference {args.reference} has no mu and sigma: make it with fid.py --save-stats")
+            if stored.get("inception", digest) != digest:
+                raise ValueError(f"--reference {args.reference} was made with other Inception weights")
             reference = stored["mu"], stored["sigma"]
         else:
             reference = reference_of(name, features, facts["network"][name], args, data, training, device)
@@ -171,7 +172,7 @@ def meters(args, data, device):
 
 def reference_of(name, features, digest, args, data, training, device):
     """Mean and covariance of the training images, kept in OUT for the next start."""
-    file = Path(args.out) / f"reference-{str(digest)[:12]}.npz"
+    file = Path(args.out) / f"reference-{str(digest)[:12]}-{digest_of(data)[:12]}.npz"
     if file.exists():
         with np.load(file) as stored:
             return stored["mu"], stored["sigma"]
@@ -195,9 +196,12 @@ def call(module, flags, processes):
 
 
 def leg(args, folder, arm, seed, step):
-    """Train the run in `folder` up to `step`, from wherever it is."""
+    """Train the run in `folder` up to `step`, from wherever it is before."""
     last = folder / "last.pt"
-    if last.exists() and read_checkpoint(last)["step"] >= step:
+    reached = read_checkpoint(last)["step"] if last.exists() else 0
+    if reached > step:
+        raise SystemExit(f"{PROGRAM}: {folder} is at step {reached}, and was not measured at {step}: delete it")
+    if reached == step:
         return
     flags = [*args.flags, *args.place, *(ARMS | KNOBS)[arm].split(), "--seed", str(seed)]
     flags += ["--out", str(folder), "--steps", str(step)]
@@ -206,19 +210,21 @@ def leg(args, folder, arm, seed, step):
     elif folder.exists():
         folder.rmdir()  # stopped before it wrote anything
     call(train, flags, args.processes)
-    reached = read_checkpoint(last)["step"] if last.exists() else 0
-    if reached < step:
-        raise SystemExit(f"{PROGRAM}: {folder} was stopped at step {reached} of {step}; the same command goes on")
 
 
 def measure(args, folder, step, distances):
-    """Draw OUT/ARM-seedN/samples-STEP.npz from the EMA, and add its distances to distance.jsonl."""
+    """Draw OUT/ARM-seedN/samples-STEP.npz from the EMA, and add its distances to distance.jsonl.
+
+    All runs have the same noise and labels of samples, also those of other seeds.
+    """
     npz = folder / f"samples-{step}.npz"
     if not npz.exists():  # what bears the name is whole
         flags = f"--num {args.images} --seed 0 {args.sampling}".split()
         flags += ["--ckpt", str(folder / "last.pt"), "--npz", str(npz), *args.decoder]
         call(sample, flags, args.processes)
-    row = dict(step=step, **{name: distance(batches_of_npz(npz)) for name, distance in distances.items()})
+    row = dict(step=step)
+    for name, distance in distances.items():
+        row[name] = distance(fid.Npz(npz).batches(0, args.images, 250))
     rows = [*rows_of(folder / "distance.jsonl"), row]
     write_text(folder / "distance.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for old in {*folder.glob("samples-*.npz")} - {npz}:
@@ -263,30 +269,34 @@ def parse(parser, argv):
     return parser.parse_args(argv[:cut]), argv[cut + 1 :]
 
 
-def settle(args, budget, flags, place, extra):
-    """What budget and flags come to, into args -> (train.py's Run, its Config). ValueError where they do not fit.
+def settle(args, budget, extra, own=(), flags=(), place=(), arms=((),)):
+    """What budget and flags come to, into args -> (train.py's Run, its Config) of the first arm. ValueError where they
+    do not fit, in any arm.
 
-    flags, place: of train.py, a program's own; extra: those behind `--`. args.flags are then train.py's for every run,
-    and args.place more of them, which say where it runs and on what; args.decoder is of sample.py.
+    extra: flags of train.py, those behind `--`; own: those that cannot be among them, besides OURS; flags, place: a
+    program's own for all runs; arms: for some. args.flags are then train.py's for every run, args.place more of them,
+    which say where it runs and on what, and args.decoder is of sample.py.
     """
-    for flag in {f.split("=")[0] for f in extra} & {f"--{name}" for name in OURS}:
-        raise ValueError(f"{flag} after -- is what this comparison sets itself: leave it out there")
+    if taken := {f.split("=")[0] for f in extra} & {f"--{name}" for name in (*OURS, *own)}:
+        raise ValueError(f"{min(taken)} after -- is what this comparison sets itself: leave it out there")
     if args.reference and (args.also or not args.inception):
         raise ValueError("--reference holds statistics for FID: it goes with --inception FILE, and without --also")
     vars(args).update({k: v for k, v in budget.items() if k != "images" or args.images is None})
-    if args.images < 2 or args.processes < 1:
-        raise ValueError("--images is at least 2, --processes at least 1")
+    if args.images < 2 or args.processes < 1 or min(args.seeds) < 0:
+        raise ValueError("--images is at least 2, --processes at least 1, --seeds are 0 or more")
     args.seeds = [*dict.fromkeys(args.seeds)]
     args.flags = [*args.flags.split(), *"--lr-schedule constant --sample-every 0".split(), *flags, *extra]
     args.place = [*(["--data", args.data] if args.data else ["--demo"]), *place, "--device", args.device]
     if args.budget != "paper" and fast_bf16(pick_device(args.device)):
         args.sampling += " --precision bf16"  # half the time
-    run, method, _ = resolve([*args.flags, *args.place, "--out", f"{args.out}/none"])
+    found = [resolve([*args.flags, *args.place, *arm, "--out", f"{args.out}/none"]) for arm in arms]
+    configs = [network_config(run, method) for run, method, _ in found]  # before anything slow
+    run = found[0][0]
     args.decoder = ["--device", args.device]
     for name in ("vae", "vae_weights"):
         if getattr(run, name) is not None:
             args.decoder += [f"--{name.replace('_', '-')}", getattr(run, name)]
-    return run, network_config(run, method)  # what does not fit together is said before anything slow
+    return run, configs[0]
 
 
 def prepare(argv):
@@ -294,10 +304,13 @@ def prepare(argv):
     args, extra = parse(build_parser(), argv)
     if args.learn_teacher is not None and (args.learn_teacher < 10 or not args.encoder_weights):
         raise ValueError("--learn-teacher, at least 10, writes the file of --encoder-weights: name it")
+    if args.learn_teacher is not None and not learns(args.encoder):
+        raise ValueError(f"--learn-teacher: {args.encoder} does not learn, only a ViT as timm:<id>")
     args.arms = [*dict.fromkeys(KNOBS if args.sweep else args.arms)]
     place = ["--encoder-weights", args.encoder_weights] if args.encoder_weights else []
     place += ["--tokens", args.tokens] if args.tokens else []
-    run, config = settle(args, BUDGETS[args.budget], ["--encoder", args.encoder], place, extra)
+    arms = [(ARMS | KNOBS)[arm].split() for arm in args.arms]
+    run, config = settle(args, BUDGETS[args.budget], extra, (), ["--encoder", args.encoder], place, arms)
     if run.lr_schedule != "constant" or run.steps < args.points:
         raise ValueError(f"the {args.points} legs need --lr-schedule constant, and as many --steps")
     args.legs = [run.steps * (i + 1) // args.points for i in range(args.points)]
@@ -317,26 +330,49 @@ def same_comparison(path, settings):
             raise ValueError(f"{path.parent} was started with {key} {was}, not {value}; start another --out")
 
 
+def open_comparison(args, run, facts_of=lambda data, device: {}):
+    """-> (the images, {name: distance}, facts about them): the classifier and references are made where they are not
+    there, while other processes wait. ValueError where OUT is of another comparison.
+
+    facts_of(data, device): of what else the runs depend on, and must be the same.
+    """
+    device, out = pick_device(args.device), Path(args.out)
+    jobs.ImageSet = functools.lru_cache(1)(ImageSet)  # the runs' too: decoding CIFAR-10 takes ten seconds
+    size, skip = run.image_size, run.skip_broken
+    data = jobs.ImageSet(args.data, size, skip, True, needed=True) if args.data else Shapes(size, 10_000)
+    if len(data.classes) < 2 and not args.inception:
+        raise ValueError(f"{args.data} is of one class: FD-classifier needs two, FID --inception FILE")
+    also = facts_of(data, device)
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out, wait=True):
+        distances, facts = meters(args, data, device)
+        same = {name: getattr(args, name) for name in ("flags", "images", "sampling", "reference")}
+        same_comparison(out / "settings.json", dict(same, data=digest_of(data), network=facts["network"], **also))
+    if "accuracy" in facts:
+        print(f"FD-classifier: its network is right on {facts['accuracy']:.1%} of images that it did not see")
+    return data, distances, facts
+
+
+def teacher_of(args, run, config, data, device):
+    """What a comparison depends on in its teacher, which is learned first where that is asked for."""
+    grid = config.input_size // config.patch_size
+    if args.learn_teacher is not None:
+        file = Path(args.encoder_weights)
+        args.teacher_accuracy = learn_teacher(args.encoder, file, data, args.learn_teacher, grid, device)
+        print(f"{args.encoder} of {file}: right on {args.teacher_accuracy:.1%} of images that it did not see")
+    if run.tokens:
+        weights = Tokens(run.tokens, run.encoder, grid, run.cls_weight).manifest["weights_sha256"]
+    else:
+        weights = weights_sha256(load_encoder(args.encoder, grid, args.encoder_weights))
+    return dict(legs=args.legs, teacher=weights)
+
+
 def main(argv=None):
     with mistakes(PROGRAM):
         args, (run, config) = prepare(sys.argv[1:] if argv is None else argv)
-        device, out, size = pick_device(args.device), Path(args.out), run.image_size
-        jobs.ImageSet = functools.lru_cache(1)(ImageSet)  # the legs' too: decoding CIFAR-10 takes ten seconds
-        data = jobs.ImageSet(args.data, size, run.skip_broken, True) if args.data else Shapes(size, 10_000)
-        grid = config.input_size // config.patch_size
-        if args.learn_teacher is not None:
-            file = Path(args.encoder_weights)
-            args.teacher_accuracy = learn_teacher(args.encoder, file, data, args.learn_teacher, grid, device)
-            print(f"{args.encoder} of {file}: right on {args.teacher_accuracy:.1%} of images that it did not see")
-        if not run.tokens:
-            load_encoder(args.encoder, grid, args.encoder_weights)
-        out.mkdir(parents=True, exist_ok=True)
-        distances, facts = meters(args, data, device)
-        if "accuracy" in facts:
-            print(f"FD-classifier: its network is right on {facts['accuracy']:.1%} of images that it did not see")
-        same = {name: getattr(args, name) for name in ("flags", "legs", "images", "sampling", "reference")}
-        same.update(data_images=len(data), network=facts["network"], teacher=sha256(args.encoder_weights))
-        same_comparison(out / "settings.json", same)
+        teacher = functools.partial(teacher_of, args, run, config)
+        _, distances, facts = open_comparison(args, run, teacher)
+        out = Path(args.out)
     with tqdm([*itertools.product(args.seeds, args.arms, args.legs)], "legs", unit="leg") as bar:
         for seed, arm, step in bar:
             bar.set_description(f"{arm}, seed {seed}, to step {step}")

@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+from scipy.stats import t
 
-from plumbing.files import write_text
+import fid
+from plumbing.files import lock, write_text
 from plumbing.records import rows_of, save_grid, versions
 
 
 def collect(args):
     """The runs so far: dict(arm, seed, images_per_s, held_out, align and distance, by name, each {step: value}).
 
-    Those of results.json, and newer ones in folders: who needs the room may delete these.
+    Those of results.json, and what is newer in folders: who needs the room may delete these.
     """
     file, runs = Path(args.out) / "results.json", {}
     for run in json.loads(file.read_text())["runs"] if file.exists() else []:
@@ -28,9 +30,13 @@ def collect(args):
         folder = Path(args.out) / f"{arm}-seed{seed}"
         log, far = rows_of(folder / "log.jsonl"), rows_of(folder / "distance.jsonl")
         if log:
-            curves = {name: {row["step"]: row[name] for row in log} for name in ("held_out", "align")}
-            names = [name for name in (far[0] if far else {}) if name != "step"]
-            distance = {name: {row["step"]: row[name] for row in far} for name in names}
+            old = runs.get((arm, seed), dict(held_out={}, align={}, distance={}))
+            curves = {key: old[key] | {row["step"]: row[key] for row in log} for key in ("held_out", "align")}
+            names = dict.fromkeys([*old["distance"], *(name for row in far for name in row if name != "step")])
+            distance = {
+                name: old["distance"].get(name, {}) | {row["step"]: row[name] for row in far if name in row}
+                for name in names
+            }
             speed = statistics.median(row["images_per_s"] for row in log)
             runs[arm, seed] = dict(arm=arm, seed=seed, images_per_s=speed, **curves, distance=distance)
     order = [*dict.fromkeys([*args.arms, *(arm for arm, _ in runs)])]
@@ -61,45 +67,49 @@ def against(curves, base):
     return {seed: {s: v - other[s] for s, v in curve.items() if s in other} for seed, (curve, other) in both.items()}
 
 
-def interval(statistic, seeds, draws=2000):
-    """95 % bootstrap interval of statistic(list of seeds), seeds drawn with replacement; None for fewer than three."""
-    if len(seeds) < 3:
-        return None
-    rng = np.random.default_rng(0)
-    values = [statistic([*rng.choice(seeds, len(seeds))]) for _ in range(draws)]
-    return tuple(np.quantile(values, (0.025, 0.975)).tolist())
+def interval(values):
+    """95 % interval of the mean of a few seeds' values, by Student's t; None for fewer than three.
 
-
-def mean_at(curves, seeds, step):
-    return statistics.mean(curves[seed][step] for seed in seeds)
-
-
-def speedup(curves, base, seeds):
-    """How many times fewer steps an arm takes to the base's last distance, in the means over `seeds`.
-
-    Between two measured steps the logarithm is linear. A distance below it at the first measured step counts from
-    there; one that is never reached counts as if at the last step, so that 1 is the least.
+    Of a bootstrap's, which draws seeds again, only three in four hold the mean of a normal variable at four seeds.
     """
-    steps = sorted(set.intersection(*(set(curve) for part in (curves, base) for curve in part.values())))
-    goal = mean_at(base, seeds, steps[-1])
+    values = [*values]
+    if len(values) < 3:
+        return None
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def passage(curve, goal):
+    """The step at which a curve {step: distance} first is at `goal`: between two measured steps its logarithm is
+    linear, before the first it is that one. None where it does not come to it."""
     before = None
-    for step in steps:
-        value = mean_at(curves, seeds, step)
+    for step, value in sorted(curve.items()):
         if value <= goal:
             if before is None:
-                return steps[-1] / step
+                return float(step)
             (s, v) = before
-            share = (np.log(v) - np.log(goal)) / (np.log(v) - np.log(value))
-            return steps[-1] / (s + share * (step - s))
+            return s + (step - s) * float((np.log(v) - np.log(goal)) / (np.log(v) - np.log(value)))
         before = step, value
-    return 1.0
+    return None
+
+
+def speedup(curve, base):
+    """How many times fewer steps a run takes to the last distance of `base`, its partner of the same seed; None where
+    it does not come to it."""
+    goal = base[max(base)]
+    own = passage(curve, goal)
+    return own and passage(base, goal) / own
 
 
 # ---- Table and curves ----
 
 
-def with_interval(value, around, digits):
-    return f"{value:.{digits}f}" + (f" [{around[0]:.{digits}f}, {around[1]:.{digits}f}]" if around else "")
+def mean_and_interval(values, digits, scale=1.0):
+    """Mean [95 % interval] of some numbers, a dash of none."""
+    values = [scale * value for value in values]
+    around = interval(values)
+    text = f"{statistics.mean(values):.{digits}f}" if values else "–"
+    return text + (f" [{around[0]:.{digits}f}, {around[1]:.{digits}f}]" if around else "")
 
 
 def spread(values, digits):
@@ -115,7 +125,7 @@ def table(runs, step, facts, base):
     metrics |= {name: (lambda run, name=name: run["distance"][name], 2) for name in facts["of_real"]}
     done = [run for run in runs if all(step in run["distance"].get(name, ()) for name in facts["of_real"])]
     real = ", ".join(f"{name} {value:.2f}" for name, value in facts["of_real"].items())
-    out = f"Step {step}: mean ± standard deviation over seeds, 95 % bootstrap intervals over seeds; distances of"
+    out = f"Step {step}: mean ± standard deviation over seeds, 95 % intervals of differences; distances of"
     out += f" {facts['samples']} samples; {facts['real']} real images have {real}.\n\n"
     heads = ["arm", "seeds", *itertools.chain(*((name, f"minus {base}'s, same seed") for name in metrics)), "images/s"]
     out += f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n"
@@ -126,34 +136,33 @@ def table(runs, step, facts, base):
             curves = by_seed(done, arm, curve_of)
             values = [curve[step] for curve in curves.values()]
             gaps = against(curves, by_seed(done, base, curve_of)) if arm != base else {}
-            gap = interval(lambda seeds: mean_at(gaps, seeds, step), [*gaps])
-            cells += [spread(values, digits)]
-            cells += [with_interval(mean_at(gaps, gaps, step), gap, digits) if gaps else "–"]
+            cells += [spread(values, digits), mean_and_interval([gap[step] for gap in gaps.values()], digits)]
         cells += [f"{statistics.median(run['images_per_s'] for run in own):.0f}"]
         out += f"| {' | '.join(cells)} |\n"
     return out
 
 
 def speedups(runs, step, facts, base):
-    """Markdown: how many times fewer steps, and seconds, each arm takes to the distance of the arm `base` at `step`."""
+    """Markdown: how many times fewer steps, and seconds, each arm takes to the distance that the run of the arm `base`
+    with the same seed has at `step`."""
     rows = []
     for name in facts["of_real"]:
         done = [run for run in runs if step in run["distance"].get(name, ())]
-        arms = dict.fromkeys(run["arm"] for run in done)
-        curves = {arm: by_seed(done, arm, lambda run: run["distance"][name]) for arm in arms}
-        speed = {arm: statistics.median(run["images_per_s"] for run in done if run["arm"] == arm) for arm in arms}
-        for arm in arms:
-            seeds = [seed for seed in curves[arm] if seed in curves.get(base, {})]
-            if arm == base or not seeds:
-                continue
-            times = speedup(curves[arm], curves[base], seeds)
-            around = interval(lambda some: speedup(curves[arm], curves[base], some), seeds)
-            cost = speed[arm] / speed[base]
-            cells = [name, arm, str(len(seeds)), with_interval(times, around, 2)]
-            rows.append([*cells, with_interval(times * cost, around and [v * cost for v in around], 2)])
+        speed = {run["arm"]: [] for run in done}
+        for run in done:
+            speed[run["arm"]].append(run["images_per_s"])
+        for arm in speed:
+            curves = (by_seed(done, which, lambda run: run["distance"][name]) for which in (arm, base))
+            own, others = curves
+            times = [speedup(own[seed], others[seed]) for seed in own if seed in others]
+            if arm != base and times:
+                short = times.count(None)
+                cost = statistics.median(speed[arm]) / statistics.median(speed[base])
+                cells = [f"not reached by {short}" if short else mean_and_interval(times, 2, x) for x in (1, cost)]
+                rows.append([name, arm, str(len(times)), *cells])
     if not rows:
         return ""
-    out = f"To {base}'s distance at step {step}, times fewer:\n\n"
+    out = f"To {base}'s distance at step {step} with the same seed, times fewer, and 95 % intervals:\n\n"
     out += f"| distance | arm | seeds | steps | seconds |\n{'|---' * 5}|\n"
     return out + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -203,6 +212,11 @@ def report(args, facts):
 
     args: of convergence.py, with legs, the first arm being the base of differences; facts: on the distances.
     """
+    with lock(args.out, wait=True):  # another process may be at other seeds
+        return write_report(args, facts)
+
+
+def write_report(args, facts):
     out, runs = Path(args.out), collect(args)
     done = [step for step in args.legs if any(step in c for run in runs for c in run["distance"].values())]
     paths = "data out encoder_weights tokens inception reference classifier place decoder".split()
@@ -214,8 +228,11 @@ def report(args, facts):
     write_text(out / "table.md", "\n".join(tables))
     plot(runs, args.arms, facts, base, out / "curves.png")
     sets = {arm: out / f"{arm}-seed{args.seeds[0]}" / f"samples-{args.legs[-1]}.npz" for arm in args.arms}
-    rows = {arm: np.load(npz)["arr_0"][:10] for arm, npz in sets.items() if npz.exists()}  # (10, S, S, 3) each
+    rows = {arm: first_of(npz, min(10, args.images)) for arm, npz in sets.items() if npz.exists()}
     if rows:
-        images = torch.from_numpy(np.concatenate([*rows.values()])).permute(0, 3, 1, 2)
-        save_grid(images, [*rows], out / "samples.png")
+        save_grid(torch.cat([*rows.values()]), [*rows], out / "samples.png")
     return "\n".join(tables[:2])
+
+
+def first_of(npz, count):
+    return next(fid.Npz(npz).batches(0, count, count))  # (count, 3, S, S)

@@ -5,7 +5,7 @@
         --encoder dinov2_vitb14
 
 For each checkpoint, noise level and block: the accuracy of a linear probe on the mean token (linear_probe.py), CKNNA
-between the mean tokens and the teacher's, and LDS (spatial_structure.py; below 7 x 7 tokens there is none). Images are
+between the mean tokens and the teacher's, and LDS (spatial_structure.py; below 5 x 5 tokens there is none). Images are
 those of --data, drawn with a fixed seed, of all checkpoints the same, with the same noise; the label given to the model
 is the null class, so that it does not tell what the probe asks. OUT holds results.json, table.md, curves.png and
 similarity.png: the cosine of one patch with all others in the tokens at the aligned block, behind the projector, and in
@@ -23,11 +23,11 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from experiments.linear_probe import check_labels, cross_validate
-from experiments.spatial_structure import FAR, lds
+from experiments.spatial_structure import lds
 from inputs.images import ImageSet
 from inputs.prepared import open_latents
 from inputs.teachers import load_encoder
-from inputs.vae import to_latent
+from inputs.vae import FITS, same_spec, to_latent
 from irepa import SiT, interpolate
 from plumbing.checkpoints import open_checkpoint
 from plumbing.files import mistakes, write_text
@@ -106,7 +106,7 @@ def measure(model, spec, data, places, labels, target, t, device):
         x = noisy(inputs_of(data[part], spec, device), part, t, model.config.path)
         for i, tokens in enumerate(hidden(model, x, t)[0]):
             means[i].append(tokens.mean(1).cpu())
-            if tokens.shape[1] > FAR**2:
+            if tokens.shape[1] >= 25:
                 structure[i].append(lds(tokens).cpu())
     rows = []
     for i, found in enumerate(map(torch.cat, means)):
@@ -148,7 +148,7 @@ def draw_curves(result, path):
                     axis.axvline(found["aligned"], color=f"C{i}", linewidth=0.8, linestyle=":")
             axis.grid(alpha=0.3)
     for axis, t in zip(axes[0], levels):
-        axis.set_title(f"t = {t} ({'data' if t == 0 else 'noise' if t == 1 else f'{t:.0%} noise'})")
+        axis.set_title(f"t = {t} ({'data' if t == 0 else f'{t:.0%} noise'})")
     for axis in axes[-1]:
         axis.set_xlabel("block (dotted: aligned behind it)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -197,9 +197,12 @@ def open_models(args, device):
     sides = {model.config.input_size for model, _ in models.values()}
     if len({*grids.values()}) > 1 or len(sides) > 1:
         raise ValueError(f"--ckpt: the models see images or latents of {sides} px in grids of {grids}: one at a time")
-    latent = {spec is not None for _, spec in models.values()}
+    latent = {model.config.in_channels != 3 for model, _ in models.values()}
     if latent == {True, False} or (latent == {True}) != bool(args.latents):
         raise ValueError("models of latents need --latents, models of pixels none: compare models of one kind")
+    for name, (_, spec) in models.items():
+        if args.latents and spec is None:
+            raise ValueError(f"--ckpt {name} does not say how its latents are scaled: only this project's own do")
     return models, next(iter(grids.values())), sides.pop()
 
 
@@ -229,9 +232,17 @@ def main(argv=None):
             raise ValueError(f"--out {out} is there already, and is left as it is: name a new folder")
         models, grid, side = open_models(args, device)
         size = args.image_size or (256 if args.latents else side)
+        if not args.latents and size != side:
+            raise ValueError(f"--image-size {size}: these models see pixels, {side} a side")
         teacher = load_encoder(args.encoder, grid, args.encoder_weights, device)
         images = ImageSet(args.data, size)
-        data = open_latents(args.latents, images, None, size) if args.latents else images
+        data = images
+        if args.latents:
+            specs = [spec for _, spec in models.values()]
+            data = open_latents(args.latents, images, specs[0], size)
+            for spec in specs:
+                if data.spec:
+                    same_spec(spec, data.spec, args.latents, FITS)
         places = np.sort(np.random.default_rng(0).permutation(len(data))[: args.images])
         labels = np.asarray(data.labels)[places]
         check_labels(labels, data.classes)

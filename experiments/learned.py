@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from inputs.teachers import load_encoder
+from inputs.teachers import find_encoder, load_encoder
 from plumbing.checkpoints import read_checkpoint
 from plumbing.files import write_whole
 from plumbing.processes import fast_bf16
@@ -63,7 +63,9 @@ def fit(network, logits, opt, data, steps, device, desc):
         images, labels = (a.to(device) for a in data[np.sort(rng.choice(seen, 128))][:2])
         flips = torch.from_numpy(rng.random(128) < 0.5).to(device)
         images = torch.where(flips[:, None, None, None], images.flip(3), images)
-        images = shifted(images, torch.from_numpy(rng.integers(0, images.shape[-1] // 8 + 1, (2, 128))).to(device))
+        images = shifted(
+            images, torch.from_numpy(rng.integers(0, 2 * (images.shape[-1] // 16) + 1, (2, 128))).to(device)
+        )
         with autocast:
             loss = F.cross_entropy(logits(images), labels)
         opt.zero_grad()
@@ -117,17 +119,27 @@ def classifier_for(path, data, steps, device):
     return network.eval().requires_grad_(False).to(device), state["accuracy"]
 
 
+def learns(name):
+    """Whether learn_teacher can make an encoder's weights: it is a ViT of timm, by any name."""
+    return name.startswith("timm:") and find_encoder(name, "random").stage is None
+
+
 def learn_teacher(name, path, data, steps, grid, device):
     """A timm ViT trained to classify `data`, written to `path` as --encoder-weights reads it -> its accuracy.
 
-    It learns from what it will be shown as a teacher.
+    It learns from what it will be shown as a teacher. ValueError where the file there is of another network, or of
+    other classes or steps.
     """
     import timm  # late: 1.5 s that nothing else here waits for
 
+    known = dict(encoder=name, steps=steps, classes=data.classes)
     if path.exists():
-        return read_checkpoint(path).get("accuracy")
+        state = read_checkpoint(path)
+        if "accuracy" not in state or any(state.get(key) != value for key, value in known.items()):
+            raise ValueError(f"{path} is not {name} after {steps} steps on these classes: name another file")
+        return state["accuracy"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    shown = load_encoder(name, grid, "random", device)  # it knows size, mean and std; and says what is no ViT
+    shown = load_encoder(name, grid, "random", device)  # it knows size, mean and std
     torch.manual_seed(0)
     model = timm.create_model(shown.entry.timm_id, img_size=shown.side)  # of as many classes: its weights are drawn so
 
@@ -138,6 +150,6 @@ def learn_teacher(name, path, data, steps, grid, device):
 
     opt = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     accuracy = fit(model, logits, opt, data, steps, device, "teacher")
-    state = dict(state_dict=model.cpu().state_dict(), accuracy=accuracy, steps=steps)
+    state = dict(state_dict=model.cpu().state_dict(), accuracy=accuracy, **known)
     write_whole(path, lambda f: torch.save(state, f))
     return accuracy

@@ -16,8 +16,6 @@ results.json, table.md and what_matters.png. Who was stopped goes on; teachers a
 results.json is not made again.
 """
 
-import functools
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,19 +26,18 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from experiments import convergence
-from experiments.convergence import BUDGETS, leg, measure, meters, same_comparison
-from experiments.learned import learn_teacher, parts_of
-from experiments.linear_probe import draw_patches, probe
+from experiments.convergence import BUDGETS, leg, measure, open_comparison
+from experiments.learned import learn_teacher, learns, parts_of
+from experiments.linear_probe import check_labels, draw_patches, probe
+from experiments.spatial_structure import mean_and_error
 from experiments.spatial_structure import measure as structure_of
 from experiments.token_sources import pixels
-from experiments.what_matters_report import ARMS, report
-from inputs.images import ImageSet
+from experiments.what_matters_report import ARMS, known, report
 from inputs.teachers import find_encoder, load_encoder
 from inputs.tokens import Tokens, folder_of, write_tokens
-from plumbing import jobs
-from plumbing.files import mistakes
+from plumbing.files import lock, mistakes
 from plumbing.flags import make_parser
-from plumbing.processes import pick_device, start_ranks
+from plumbing.processes import Ranks, pick_device
 from plumbing.records import rows_of
 
 PROGRAM = "experiments.what_matters"
@@ -69,10 +66,8 @@ def parse(title):
         teacher = Teacher(title, name, int(steps) if learned else None, float(weight) if plus else 0.0)
     except ValueError as e:
         raise ValueError(f"--teachers {title}: write NAME, NAME=STEPS, NAME+A or NAME=STEPS+A") from e
-    if learned and (not name.startswith("timm:") or 0 < teacher.steps < 10 or teacher.steps < 0):
-        raise ValueError(
-            f"--teachers {title}: only timm:<id> learns here, in 10 steps at least, or 0 for random weights"
-        )
+    if learned and (not learns(name) or 0 < teacher.steps < 10 or teacher.steps < 0):
+        raise ValueError(f"--teachers {title}: only a ViT, timm:<id>, learns, in 10 steps at least; 0: random weights")
     if name == "pixels":
         if weight:
             raise ValueError(f"--teachers {title}: pixels have no class token")
@@ -102,20 +97,19 @@ def cache_of(teacher, args, data, device):
     else:
         weights = None if teacher.steps is None else "random"
         if teacher.steps:
-            weights = Path(f"{str(folder).split('+')[0]}.pt")
+            weights = folder_of(folder.parent, f"{teacher.name}={teacher.steps}.pt")
             learn_teacher(teacher.name, weights, data, teacher.steps, args.grid, device)
         made = load_encoder(teacher.name, args.grid, weights, device, teacher.cls_weight)
-    write_tokens(data, made, teacher.name, folder, device, args.ranks, teacher.steps == 0)
+    write_tokens(data, made, teacher.name, folder, device, Ranks(), teacher.steps == 0)
     return folder, Tokens(folder, teacher.name, args.grid, teacher.cls_weight)
 
 
-def look(tokens, data, count, device):
-    """{metric: [mean, standard error]} of the tokens of `count` images that train.py's held-out loss does not use."""
-    places = np.sort(np.random.default_rng(0).permutation(parts_of(data)[0])[:count])
+def look(tokens, data, places, device):
+    """{metric: [mean, standard error]} of the tokens of the images at `places`."""
     patches = draw_patches(len(places), tokens.grid**2)
     values, kept, _ = structure_of("structure", lambda i: tokens[i].to(device), places, None, patches, device)
     values.update(probe(*kept, data.labels[places]))
-    return {name: [float(v.mean()), float(v.std(ddof=1) / len(v) ** 0.5)] for name, v in values.items()}
+    return {name: [*mean_and_error(v).values()] for name, v in values.items()}
 
 
 # ---- Runs ----
@@ -127,6 +121,10 @@ def runs_of(args):
     return [(teacher, arm, seed) for seed in args.seeds for teacher, arm in [(None, "sit"), *aligned]]
 
 
+def flags_of(teacher):
+    return ["--encoder", teacher.name, "--cls-weight", str(teacher.cls_weight)]
+
+
 def distance_of(args, teacher, arm, seed, folder_of_tokens, distances):
     """Train a run to its last step and measure it, or read what was measured -> {distance: value}."""
     folder = folder_of(Path(args.out) / "runs", f"{teacher.title if teacher else 'none'}-{arm}-seed{seed}")
@@ -134,7 +132,7 @@ def distance_of(args, teacher, arm, seed, folder_of_tokens, distances):
     if not (found := rows_of(folder / "distance.jsonl")):
         flags, place = list(args.flags), list(args.place)
         if teacher is not None:
-            flags += ["--encoder", teacher.name, "--cls-weight", str(teacher.cls_weight)]
+            flags += flags_of(teacher)
             place += ["--tokens", str(folder_of_tokens)]
         asked = SimpleNamespace(**{**vars(args), "flags": flags, "place": place})
         leg(asked, folder, arm, seed, args.steps)
@@ -160,44 +158,45 @@ def build_parser():
 
 
 def prepare(argv):
-    """argv -> args with what the budget says. ValueError where flags do not fit."""
+    """argv -> (args with what the budget says, train.py's Run). ValueError where flags do not fit."""
     args, extra = convergence.parse(build_parser(), argv)
     args.teachers = [parse(title) for title in dict.fromkeys(args.teachers)]
     flags = ["--steps", "100000"] if args.budget == "paper" else []  # as in the paper's figure
-    run, config = convergence.settle(args, BUDGETS[args.budget], flags, [], extra)
-    args.steps, args.grid, args.size = run.steps, config.input_size // config.patch_size, run.image_size
-    if args.looked_at < 50:
-        raise ValueError("--looked-at is at least 50")
-    return args
+    arms = [["--method", "sit"], *([*flags_of(teacher), "--tokens", "none yet"] for teacher in args.teachers)]
+    run, config = convergence.settle(args, BUDGETS[args.budget], extra, ["cls-weight"], flags, arms=arms)
+    args.steps, args.grid = run.steps, config.input_size // config.patch_size
+    if args.looked_at < 50 or args.grid < 5:
+        raise ValueError("--looked-at is at least 50, and the structure of tokens needs a grid of 5 x 5")
+    return args, run
+
+
+def looked_at(args, data):
+    """The places of images that neither a learned teacher nor the held-out loss has seen. ValueError for too few."""
+    unseen = parts_of(data)[1]
+    places = np.sort(unseen[: args.looked_at])  # as many as there are
+    check_labels(data.labels[places], data.classes)
+    return places
 
 
 def main(argv=None):
     with mistakes(PROGRAM):
-        args = prepare(sys.argv[1:] if argv is None else argv)
-        device, out = pick_device(args.device), Path(args.out)
-        jobs.ImageSet = functools.lru_cache(1)(ImageSet)  # each run's too: decoding CIFAR-10 takes ten seconds
-        data = jobs.ImageSet(args.data, args.size, False, True)
-        args.ranks = start_ranks(device, 60)
-        out.mkdir(parents=True, exist_ok=True)
-        distances, facts = meters(args, data, device)
-        same = {name: getattr(args, name) for name in ("flags", "images", "sampling", "reference", "looked_at")}
-        same_comparison(out / "settings.json", dict(same, data_images=len(data), network=facts["network"]))
-    before = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
-    teachers, folders = before.get("teachers", {}), {None: None}
-    runs = {(run["teacher"], run["arm"], run["seed"]): run for run in before.get("runs", [])}
-    for teacher in tqdm(args.teachers, "teachers"):
-        folders[teacher], tokens = cache_of(teacher, args, data, device)
-        if teacher.title not in teachers:
-            teachers[teacher.title] = look(tokens, data, args.looked_at, device)
+        args, run = prepare(sys.argv[1:] if argv is None else argv)
+        data, distances, facts = open_comparison(args, run, lambda data, _: dict(looked_at=len(looked_at(args, data))))
+        device, out, places = pick_device(args.device), Path(args.out), looked_at(args, data)
+        teachers, folders = known(out)[0], {None: None}
+        for teacher in tqdm(args.teachers, "teachers"):
+            with lock(out, wait=True):  # another process may be at other seeds
+                folders[teacher], tokens = cache_of(teacher, args, data, device)
+            if teacher.title not in teachers:
+                teachers[teacher.title] = look(tokens, data, places, device)
     with tqdm(runs_of(args), "runs", unit="run") as bar:
         for teacher, arm, seed in bar:
             title = teacher.title if teacher else None
             bar.set_description(f"{title}, {arm}, seed {seed}")
-            if (title, arm, seed) not in runs:
+            if (title, arm, seed) not in known(out)[1]:
                 found = distance_of(args, teacher, arm, seed, folders[teacher], distances)
-                runs[title, arm, seed] = dict(teacher=title, arm=arm, seed=seed, distance=found)
-            text = report(args, teachers, [*runs.values()], facts)
-    print(f"{text}\n{out}: results.json, table.md, what_matters.png")
+                report(args, teachers, [dict(teacher=title, arm=arm, seed=seed, distance=found)], facts)
+    print(f"{report(args, teachers, [], facts)}\n{out}: results.json, table.md, what_matters.png")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,37 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.convergence_report import interval, spread, with_interval
+from experiments.convergence_report import mean_and_interval, spread
 from experiments.spatial_correlations import LABELS, correlate
-from plumbing.files import write_text
+from plumbing.files import lock, write_text
 from plumbing.records import versions
 
 ARMS = ["repa", "irepa"]
 
 
+def known(out):
+    """({teacher: metrics}, {(teacher, arm, seed): run}) of results.json."""
+    file = out / "results.json"
+    before = json.loads(file.read_text()) if file.exists() else dict(teachers={}, runs=[])
+    return before["teachers"], {(run["teacher"], run["arm"], run["seed"]): run for run in before["runs"]}
+
+
+def whole_seeds(runs, titles):
+    """The runs of those seeds that all teachers have; all runs, where there is no such seed yet.
+
+    Seeds differ more than teachers do: means over others would not compare.
+    """
+    there = {}
+    for run in runs:
+        there.setdefault(run["seed"], set()).add((run["teacher"], run["arm"]))
+    whole = {seed for seed, found in there.items() if len(found) == 1 + len(ARMS) * len(titles)}
+    return [run for run in runs if run["seed"] in whole] if whole else runs
+
+
 def distances_of(result, name):
     """{teacher: {arm: {seed: distance}}}, None being the teacher of SiT."""
     found = {title: {arm: {} for arm in ARMS} for title in result["teachers"]} | {None: {"sit": {}}}
-    for run in result["runs"]:
+    for run in whole_seeds(result["runs"], result["teachers"]):
         found[run["teacher"]][run["arm"]][run["seed"]] = run["distance"][name]
     return found
 
@@ -38,16 +57,15 @@ def table(result, name, found):
     out += f"|{'---|' * (len(columns) + 4)}\n"
     for title, metrics in result["teachers"].items():
         gains = gains_of(found[title])
-        around = interval(lambda seeds: statistics.mean(gains[seed] for seed in seeds), [*gains])
         cells = [title, *(f"{metrics[c][0]:.{1 if 'probe' in LABELS[c] else 3}f}" for c in columns)]
         cells += [spread(found[title][arm].values(), 2) for arm in ARMS]
-        cells += [with_interval(statistics.mean(gains.values()), around, 2) if gains else "–"]
+        cells += [mean_and_interval(gains.values(), 2)]
         out += f"| {' | '.join(cells)} |\n"
     return out
 
 
 def correlations(result, found):
-    """{arm: what correlate() finds over its teachers, with "titles"}, where they are four at least."""
+    """{arm: what correlate() finds over its teachers}, where they are four at least."""
     out = {}
     for arm in ARMS:
         rows = []
@@ -107,16 +125,19 @@ def draw(result, found, correlated, name, path):
     figure.savefig(path, dpi=110)
 
 
-def report(args, teachers, runs, facts):
-    """results.json, table.md and the figures in OUT, of what is there so far -> the tables."""
+def report(args, teachers, new, facts):
+    """Add the runs `new` to results.json, table.md and the figures in OUT -> the tables."""
     out, texts = Path(args.out), []
-    result = dict(steps=args.steps, seeds=args.seeds, flags=args.flags, teachers=teachers, runs=runs, **facts)
-    write_text(out / "results.json", json.dumps({**result, **versions()}, indent=1) + "\n")
-    for i, name in enumerate(facts["of_real"]):
-        found = distances_of(result, name)
-        texts.append(table(result, name, found))
-        if correlated := correlations(result, found):
-            texts.append(correlation_table(correlated, name))
-            draw(result, found, correlated, name, out / f"what_matters{f'-{name}' if i else ''}.png")
-    write_text(out / "table.md", "\n".join(texts))
+    with lock(out, wait=True):  # another process may be at other seeds
+        others, runs = known(out)
+        runs |= {(run["teacher"], run["arm"], run["seed"]): run for run in new}
+        result = dict(steps=args.steps, flags=args.flags, teachers=others | teachers, runs=[*runs.values()], **facts)
+        write_text(out / "results.json", json.dumps({**result, **versions()}, indent=1) + "\n")
+        for i, name in enumerate(facts["of_real"]):
+            found = distances_of(result, name)
+            texts.append(table(result, name, found))
+            if correlated := correlations(result, found):
+                texts.append(correlation_table(correlated, name))
+                draw(result, found, correlated, name, out / f"what_matters{f'-{name}' if i else ''}.png")
+        write_text(out / "table.md", "\n".join(texts))
     return "\n".join(texts)

@@ -62,8 +62,9 @@ def write_text(path, text):
     write_whole(path, lambda f: f.write(text.encode()))
 
 
-def lock(folder):
-    """A context that holds `folder` for this process, however it ends. ValueError where another process holds it."""
+def lock(folder, wait=False):
+    """A context that holds `folder` for this process, however it ends. ValueError where another process holds it, but
+    with wait, until that one lets go."""
     try:
         import fcntl
     except ImportError:
@@ -71,7 +72,7 @@ def lock(folder):
         return nullcontext()
     file = open(Path(folder) / ".lock", "a")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers, unlike flock
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))  # not inherited by workers, unlike flock
     except (BlockingIOError, PermissionError) as e:
         file.close()
         raise ValueError(f"another process is writing to {folder}: wait for it, or choose another name") from e

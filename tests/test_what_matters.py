@@ -18,9 +18,9 @@ from tests.common import refused
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A zip of class folders with 120 images of 16 px in two classes, and the smallest budget."""
+    """A zip of class folders with 240 images of 16 px in two classes, and the smallest budget."""
     rng = np.random.default_rng(0)
-    for i in range(120):
+    for i in range(240):
         folder = tmp_path / "data" / ("dark" if i % 2 else "light")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 128 if i % 2 else 256, (16, 16, 3)).astype(np.uint8)).save(folder / f"{i}.png")
@@ -55,9 +55,13 @@ def test_each_teacher_has_its_row_and_the_same_runs(tiny, tmp_path, capsys, monk
     assert Image.open(tmp_path / "out/what_matters.png").width > 1000
     assert not [*tmp_path.glob("out/runs/*/*.pt")]
 
+    other = dict(teacher="hog", arm="repa", seed=7, distance={"FD-classifier": 1.0})  # of another process, meanwhile
+    changed = {**result, "runs": [*result["runs"], other]}
+    (tmp_path / "out/results.json").write_text(json.dumps(changed))
     monkeypatch.setattr(what_matters, "leg", None)  # what is measured is not trained again
     shutil.rmtree(tmp_path / "out/runs")  # nor what is in results.json
-    assert compare(tiny, tmp_path / "out", "--seeds", "0", "--teachers", *titles)["runs"] == result["runs"]
+    assert compare(tiny, tmp_path / "out", "--seeds", "0", "--teachers", *titles)["runs"] == changed["runs"]
+    assert (tmp_path / "out/table.md").read_text() == text  # seed 7 is not of all teachers
     assert "was started with images 12, not 14" in refused(capsys, compare, tiny, tmp_path / "out", "--images", "14")
 
 
@@ -73,7 +77,8 @@ def test_pixels_are_the_patches():
     "flags,message",
     [
         ("--teachers hogg", "unknown encoder 'hogg'"),
-        ("--teachers hog=5", "only timm:<id> learns here"),
+        ("--teachers hog=5", "only a ViT, timm:<id>, learns"),
+        ("--teachers timm:resnet18=50", "only a ViT, timm:<id>, learns"),
         ("--teachers timm:test_vit=5", "in 10 steps at least"),
         ("--teachers timm:test_vit=many", "write NAME, NAME=STEPS"),
         ("--teachers hog+2", "--cls-weight lies in [0, 1]"),
@@ -82,6 +87,9 @@ def test_pixels_are_the_patches():
         ("--teachers hog --reference stats.npz", "goes with --inception"),
         ("--teachers hog --processes 0", "--processes at least 1"),
         ("--teachers hog -- --encoder sift", "--encoder after --"),
+        ("--teachers hog -- --cls-weight 0.5", "--cls-weight after --"),
+        ("--teachers hog -- --flip", "--flip mirrors images"),
+        ("--teachers hog -- --patch-size 4", "needs a grid of 5 x 5"),
     ],
 )
 def test_a_mistake_is_one_sentence(tiny, tmp_path, capsys, flags, message):
