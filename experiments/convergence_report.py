@@ -181,8 +181,10 @@ def plot(runs, arms, facts, base, path):
     }
     for name, real in facts["of_real"].items():
         panels[f"{name} (real images: {real:.2f})"] = curves_of(lambda run, name=name: run["distance"].get(name, {}))
-    figure = Figure(figsize=(5.3 * len(panels), 4.5), layout="constrained")
-    for axis, (label, curves) in zip(figure.subplots(1, len(panels)), panels.items()):
+    rows = 2 if len(panels) > 3 else 1
+    columns = -(-len(panels) // rows)
+    figure = Figure(figsize=(5.3 * columns, 4 * rows), layout="constrained")
+    for axis, (label, curves) in zip(figure.subplots(rows, columns).flat, panels.items()):
         ends, is_distance = [], "real images" in label
         for i, arm in enumerate(arms):
             own = [*curves.get(arm, {}).values()]
