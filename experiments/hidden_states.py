@@ -126,11 +126,13 @@ def table(result):
             for row in rows:
                 structure = "–" if row["lds"] is None else f"{row['lds']:.3f}"
                 out += f"| {name} | {t} | {row['block']} | {row['accuracy']:.1f} | {row['cknna']:.3f} | {structure} |\n"
-    return out
+    accuracy, structure = result["teacher"]["accuracy"], result["teacher"]["lds"]
+    structure = "–" if structure is None else f"{structure:.3f}"
+    return out + f"| {result['encoder']} | 0 | | {accuracy:.1f} | 1 | {structure} |\n"
 
 
 def draw_curves(result, path):
-    """A column for each noise level, a row for each measure, a line for each model."""
+    """A column for each noise level, a row for each measure, a line for each model, a black one for the teacher."""
     measures = {"accuracy": "linear probe, %", "cknna": f"CKNNA to {result['encoder']}", "lds": "LDS"}
     levels = [*next(iter(result["models"].values()))["at"]]
     figure = Figure(figsize=(3.4 * len(levels) + 1.2, 8), layout="constrained")
@@ -146,6 +148,8 @@ def draw_curves(result, path):
                     )
                 if found["aligned"]:
                     axis.axvline(found["aligned"], color=f"C{i}", linewidth=0.8, linestyle=":")
+            if result["teacher"].get(measure_) is not None:
+                axis.axhline(result["teacher"][measure_], color="black", linewidth=0.8, label=result["encoder"])
             axis.grid(alpha=0.3)
     for axis, t in zip(axes[0], levels):
         axis.set_title(f"t = {t} ({'data' if t == 0 else f'{t:.0%} noise'})")
@@ -247,11 +251,15 @@ def main(argv=None):
         labels = np.asarray(data.labels)[places]
         check_labels(labels, data.classes)
         out.mkdir(parents=True)
-    target = []
+    means, structure = [], []
     for part in tqdm(np.array_split(places, -(-len(places) // BATCH)), "teacher", leave=False):
-        target.append(teacher(data[part].images.to(device)).mean(1).cpu())
-    target = torch.cat(target)
-    result = dict(settings=vars(args), encoder=args.encoder, images=len(places), models={}, **versions())
+        tokens = teacher(data[part].images.to(device)).float()
+        means.append(tokens.mean(1).cpu())
+        structure += [lds(tokens).cpu()] if grid >= 5 else []
+    target = torch.cat(means)
+    known = dict(accuracy=cross_validate(target[:, None], target, labels).mean())
+    known["lds"] = torch.cat(structure).mean().item() if structure else None
+    result = dict(settings=vars(args), encoder=args.encoder, teacher=known, images=len(places), models={}, **versions())
     with tqdm(total=len(models) * len(args.levels), desc="models and levels") as bar:
         for name, (model, spec) in models.items():
             aligned = model.config.encoder_depth if len(model.projectors) else None
