@@ -1,6 +1,5 @@
 """experiments/convergence.py: five arms that differ in what they say they do, and in nothing else."""
 
-import itertools
 import json
 import shutil
 
