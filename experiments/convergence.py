@@ -269,7 +269,7 @@ def parse(parser, argv):
     return parser.parse_args(argv[:cut]), argv[cut + 1 :]
 
 
-def settle(args, budget, extra, own=(), flags=(), place=(), arms=((),)):
+def settle(args, extra, own=(), flags=(), place=(), arms=((),)):
     """What budget and flags come to, into args -> (train.py's Run, its Config) of the first arm. ValueError where they
     do not fit, in any arm.
 
@@ -281,7 +281,7 @@ def settle(args, budget, extra, own=(), flags=(), place=(), arms=((),)):
         raise ValueError(f"{min(taken)} after -- is what this comparison sets itself: leave it out there")
     if args.reference and (args.also or not args.inception):
         raise ValueError("--reference holds statistics for FID: it goes with --inception FILE, and without --also")
-    vars(args).update({k: v for k, v in budget.items() if k != "images" or args.images is None})
+    vars(args).update({k: v for k, v in BUDGETS[args.budget].items() if k != "images" or args.images is None})
     if args.images < 2 or args.processes < 1 or min(args.seeds) < 0:
         raise ValueError("--images is at least 2, --processes at least 1, --seeds are 0 or more")
     args.seeds = [*dict.fromkeys(args.seeds)]
@@ -310,7 +310,7 @@ def prepare(argv):
     place = ["--encoder-weights", args.encoder_weights] if args.encoder_weights else []
     place += ["--tokens", args.tokens] if args.tokens else []
     arms = [(ARMS | KNOBS)[arm].split() for arm in args.arms]
-    run, config = settle(args, BUDGETS[args.budget], extra, (), ["--encoder", args.encoder], place, arms)
+    run, config = settle(args, extra, flags=["--encoder", args.encoder], place=place, arms=arms)
     if run.lr_schedule != "constant" or run.steps < args.points:
         raise ValueError(f"the {args.points} legs need --lr-schedule constant, and as many --steps")
     args.legs = [run.steps * (i + 1) // args.points for i in range(args.points)]

@@ -152,8 +152,7 @@ def speedups(runs, step, facts, base):
         for run in done:
             speed[run["arm"]].append(run["images_per_s"])
         for arm in speed:
-            curves = (by_seed(done, which, lambda run: run["distance"][name]) for which in (arm, base))
-            own, others = curves
+            own, others = (by_seed(done, which, lambda run: run["distance"][name]) for which in (arm, base))
             times = [speedup(own[seed], others[seed]) for seed in own if seed in others]
             if arm != base and times:
                 short = times.count(None)

@@ -26,7 +26,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from experiments import convergence
-from experiments.convergence import BUDGETS, leg, measure, open_comparison
+from experiments.convergence import leg, measure, open_comparison
 from experiments.learned import learn_teacher, learns, parts_of
 from experiments.linear_probe import check_labels, draw_patches, probe
 from experiments.spatial_structure import mean_and_error
@@ -163,7 +163,7 @@ def prepare(argv):
     args.teachers = [parse(title) for title in dict.fromkeys(args.teachers)]
     flags = ["--steps", "100000"] if args.budget == "paper" else []  # as in the paper's figure
     arms = [["--method", "sit"], *([*flags_of(teacher), "--tokens", "none yet"] for teacher in args.teachers)]
-    run, config = convergence.settle(args, BUDGETS[args.budget], extra, ["cls-weight"], flags, arms=arms)
+    run, config = convergence.settle(args, extra, own=["cls-weight"], flags=flags, arms=arms)
     args.steps, args.grid = run.steps, config.input_size // config.patch_size
     if args.looked_at < 50 or args.grid < 5:
         raise ValueError("--looked-at is at least 50, and the structure of tokens needs a grid of 5 x 5")

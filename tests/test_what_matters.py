@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import train
-from experiments import what_matters
+from experiments import convergence, what_matters
 from inputs.images import ImageSet
 from plumbing import jobs
 from tests.common import refused
@@ -30,7 +30,7 @@ def tiny(tmp_path, monkeypatch):
         "--image-size 16 --model SiT-S/2 --hidden-size 32 --depth 2 --num-heads 2 --batch-size 8 --steps 4 --ema 0.5"
     )
     budget = dict(flags=f"{flags} --lr 0.02 --encoder-depth 1 --log-every 4 --precision fp32", images=12, learn=3)
-    monkeypatch.setitem(what_matters.BUDGETS, "short", dict(budget, sampling="--sampler heun --steps 2"))
+    monkeypatch.setitem(convergence.BUDGETS, "short", dict(budget, sampling="--sampler heun --steps 2"))
     return tmp_path / "data"
 
 
