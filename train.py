@@ -36,7 +36,7 @@ from irepa import draws, stream
 from plumbing.checkpoints import hold_folder
 from plumbing.files import mistakes
 from plumbing.jobs import begin_log, finish, names_of, open_job, save
-from plumbing.processes import compile_blocks, ignore_signals, is_first, noted_signals, start_ranks
+from plumbing.processes import Stopped, compile_blocks, is_first, noted_signals, read_ahead, start_ranks
 from plumbing.records import Meter, append, plot, progress, save_grid, save_progress, to_uint8, warned
 from sample import generate
 
@@ -68,14 +68,9 @@ def batches(indices, run, start, rank, world):
 def feed(job, indices, start, ranks):
     """This process's parts of the batches, flipped and on the device: part i of n as ((i, n), Batch)."""
     run, parts = job.run, ranks.world * job.run.accumulate
-    loader = torch.utils.data.DataLoader(
-        job.data,
-        batch_size=None,
-        sampler=batches(indices, run, start, ranks.rank, ranks.world),
-        num_workers=workers_for(job.data) if run.workers is None else run.workers,
-        pin_memory=job.device.type == "cuda",
-        worker_init_fn=ignore_signals,
-    )
+    workers = workers_for(job.data) if run.workers is None else run.workers
+    order = batches(indices, run, start, ranks.rank, ranks.world)
+    loader = read_ahead(job.data, order, workers, pin_memory=job.device.type == "cuda")
     try:
         for count, batch in enumerate(loader):
             step, own = divmod(count, run.accumulate)
@@ -85,13 +80,17 @@ def feed(job, indices, start, ranks):
         del loader
 
 
-def fetch(incoming, count):
-    """-> (the `count` parts of the next step, how many images in them stand in for others, None), or the BrokenImage
-    that bars it in the last place."""
+def fetch(incoming, count, signals):
+    """-> (the `count` parts of the next step, how many images in them stand in for others, None), or the error that
+    bars it in the last place; nothing where a signal comes first."""
     try:
+        signals.waiting = True
         parts = list(itertools.islice(incoming, count))
+        signals.waiting = False
         return parts, sum(batch.replaced for _, batch in parts), None
-    except BrokenImage as broken:
+    except Stopped:
+        return (), 0, None
+    except (BrokenImage, OSError) as broken:
         return (), 0, broken.with_traceback(None)  # which would hold the loader, and it its workers
 
 
@@ -288,7 +287,7 @@ def train(job, signals):
     target = Target(job.teacher, len(job.data), 0 if run.flip else run.token_memory * 2**30, ranks, job.device)
     incoming, bar = feed(job, indices, start, ranks), progress(run.steps, start, first)
     for step in range(start, run.steps):
-        parts, replaced, broken = fetch(incoming, run.accumulate)
+        parts, replaced, broken = fetch(incoming, run.accumulate, signals)
         stop = ranks.any(signals or broken)  # all stop before the same step
         if stop:
             break

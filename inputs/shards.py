@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from inputs.images import IN_MEMORY, Batch, workers_for
 from plumbing.files import one_line, shown, write_text, write_whole
+from plumbing.processes import read_ahead
 
 LIMIT = 65504  # the largest float16
 NOTHING = {".lock", "labels.npy", "files.json", "files.json.tmp", "manifest.json.tmp"}  # in a cache that has just begun
@@ -97,7 +98,7 @@ class Shards:
             for start in todo
             for i in range(start, start + self.rows_in(start), batch_size)
         ]
-        feed = torch.utils.data.DataLoader(data, batch_size=None, sampler=parts, num_workers=workers_for(data))
+        feed = read_ahead(data, parts, workers_for(data))
         count, clock = sum(map(len, parts)), None
         with tqdm(total=count, unit="img", desc=what, disable=ranks.rank > 0) as bar:
             for number, (part, batch) in enumerate(zip(parts, feed)):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, get_worker_info
 
 from plumbing.files import one_line
 
@@ -125,22 +126,59 @@ def compile_blocks(model, wanted):
 # ---- Signals ----
 
 
+class Noted(list):
+    """Signals that have come. Who waits for what may never come sets `waiting`, and a signal ends that by Stopped."""
+
+    waiting = False
+
+
+class Stopped(BaseException):  # no Exception, of which a loader would make something else
+    """A signal has come while somebody was waiting."""
+
+
 @contextmanager
 def noted_signals():
-    """-> a list to which the first SIGTERM or SIGINT is added; the same again ends the process at once."""
-    noted = []
+    """-> a Noted to which the first SIGTERM or SIGINT is added; the same again ends the process at once."""
+    noted = Noted()
 
     def note(number, _):
         noted.append(number)
         signal.signal(number, before[number])
+        if noted.waiting:
+            noted.waiting = False
+            raise Stopped
 
-    atexit.register(kill_workers)
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield noted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# ---- Workers ----
+
+
+def read_ahead(data, parts, workers, **more):
+    """data[part] for each of `parts`, in order, read by so many processes ahead of the one that they serve."""
+    atexit.register(kill_workers)
+    how = dict(collate_fn=in_shared_memory, worker_init_fn=ignore_signals, **more)
+    return DataLoader(data, batch_size=None, sampler=parts, num_workers=workers, **how)
+
+
+def in_shared_memory(batch):
+    """What a worker has read, moved to where the process that it serves looks for it.
+
+    OSError where there is no room: found out later, the batch would be lost, and that process wait for ever.
+    """
+    if get_worker_info():
+        try:
+            for tensor in filter(torch.is_tensor, batch):
+                tensor.share_memory_()
+        except RuntimeError as e:
+            more = "give more of it (docker run --shm-size 8g), or, in train.py, decode without them (--workers 0)"
+            raise OSError(f"no room in shared memory for the images that workers decode: {more}") from e
+    return batch
 
 
 def ignore_signals(worker):

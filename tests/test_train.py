@@ -9,6 +9,8 @@ import os
 import resource
 import shutil
 import signal
+import threading
+import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import get_worker_info
 
 import sample
 import train
@@ -246,6 +249,31 @@ def test_a_signal_ends_the_step_saves_and_exits_75(photos, tmp_path, monkeypatch
     assert signal.getsignal(number) == before and torch.load(tmp_path / "stopped/last.pt")["step"] == 2
     run("--resume", "--out", tmp_path / "stopped")
     assert same_weights(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
+
+
+def test_workers_that_give_nothing_keep_no_run(photos, tmp_path, monkeypatch, capsys):
+    flags = [*RUN, "--data", photos, "--workers", 2, "--sample-every", 0]
+    read = ImageSet.__getitem__
+
+    def hang(data, part):  # as of a network drive that is gone
+        if get_worker_info() and get_worker_info().id == 1:
+            time.sleep(1000)
+        return read(data, part)
+
+    monkeypatch.setattr(ImageSet, "__getitem__", hang)
+    # while step 1 is waited for
+    plant(monkeypatch, lambda step, _: threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start())
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, "--out", tmp_path / "stopped")
+    assert stop.value.code == 75 and torch.load(tmp_path / "stopped/last.pt")["step"] == 1
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(ImageSet, "__getitem__", read)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    said = refused(capsys, run, *flags, "--out", tmp_path / "full")
+    assert "no room in shared memory" in said and "--shm-size" in said and "--workers 0" in said
 
 
 def test_all_ranks_stop_after_the_same_step(photos, tmp_path):
