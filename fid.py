@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, default_collate
 from tqdm import tqdm
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -308,8 +308,7 @@ class Files:
         """Image i as uint8 [3, H, W]. ValueError, with its name, where it cannot be read or has another size."""
         where = f"{self.name}/{self.files[i]}"
         try:
-            file = self.zip().open(self.files[i]) if self.path.is_file() else self.path / self.files[i]
-            image = Image.open(file)
+            image = Image.open(self.zip().open(self.files[i]) if self.path.is_file() else self.path / self.files[i])
             check(math.prod(image.size) <= PIXELS, f"{math.prod(image.size)} pixels are too many")
             image = to_rgb(image)
         except Exception as e:  # whatever PIL or zipfile raises, on purpose: the formats' readers raise anything
@@ -323,7 +322,15 @@ class Files:
         """As Npz.batches; processes decode ahead of the network."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), high - low)
-        return DataLoader(Subset(self, range(low, high)), batch_size, num_workers=workers)
+        return DataLoader(Subset(self, range(low, high)), batch_size, num_workers=workers, collate_fn=together)
+
+
+def together(images):
+    """A batch, in shared memory where a worker makes it."""
+    try:
+        return default_collate(images)
+    except RuntimeError as e:
+        raise ValueError("no room in shared memory: docker run --shm-size 8g gives more, or lower --batch-size") from e
 
 
 def walk(path):

@@ -35,7 +35,7 @@ from plumbing.checkpoints import load_checkpoint, open_checkpoint, refuse_unscal
 from plumbing.files import hold_unfinished, mistakes, write_text, write_whole
 from plumbing.flags import add_flags, make_parser
 from plumbing.methods import Method, method_named
-from plumbing.processes import compile_blocks, device_name, is_first, pick_device, start_ranks
+from plumbing.processes import check_compile, compile_blocks, device_name, is_first, pick_device, start_ranks
 from plumbing.records import save_grid, to_uint8, versions, write_npz
 
 __all__ = ["guided", "load_checkpoint", "sample_ode", "sample_sde"]  # importable from here, too
@@ -149,6 +149,7 @@ def read_flags(argv):
         raise ValueError("say how many images: --num 50000 for a reported FID")
     choose_labels(asked.labels, [0], model.config.num_classes, asked.seed)
     device = pick_device(asked.device)
+    check_compile(asked.compile, device)
     asked.batch_size = asked.batch_size or (256 if device.type == "cuda" else 64)
     return asked, Opened(model.to(device), method, how, file, device)
 

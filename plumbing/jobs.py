@@ -18,7 +18,7 @@ from irepa import draws, stream
 from plumbing.checkpoints import initial_weights, refuse_used, same_run, save_checkpoint
 from plumbing.files import one_line, shown
 from plumbing.methods import Method
-from plumbing.processes import STOPPED, device_name, fast_bf16, is_first, mixed, pick_device
+from plumbing.processes import STOPPED, check_compile, device_name, fast_bf16, is_first, mixed, pick_device
 from plumbing.records import open_log, versions, warned
 from plumbing.settings import Run, network_config, resolve
 
@@ -62,6 +62,7 @@ def open_job(argv, description):
     if method.Config.named(run.model, **run.network).projector and not run.tokens:
         find_encoder(run.encoder, run.encoder_weights, run.cls_weight)
     device = pick_device(run.device)
+    check_compile(run.compile, device)
     latent = open_vae(run, device)
     spec = latent.spec if latent else None
     shape = network_config(run, method, spec)

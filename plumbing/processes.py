@@ -19,7 +19,12 @@ STOPPED = 75  # exit code after a signal: saved, start it again (EX_TEMPFAIL)
 
 
 def pick_device(name):
-    """torch.device for --device: 'auto' is this process's GPU, else MPS, else the CPU. ValueError if it is absent."""
+    """torch.device for --device: 'auto' is this process's GPU, else MPS, else the CPU. ValueError if it is absent, or if
+    the environment speaks of several processes without saying how they meet."""
+    needed = "RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+    absent = [name for name in needed if name not in os.environ]
+    if "RANK" in os.environ and absent:
+        raise ValueError(f"RANK is set, but not {', '.join(absent)}: start it with torchrun, or unset RANK")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
@@ -115,10 +120,24 @@ def mixed(device, bf16):
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
+def compiles(wanted, device):
+    """Whether blocks are compiled; wanted None: on GPUs only."""
+    return device.type == "cuda" if wanted is None else wanted
+
+
+def check_compile(wanted, device):
+    """ValueError, before anything slow, where blocks are to be compiled and torch.compile cannot."""
+    if compiles(wanted, device):
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        except Exception as e:  # compilers, their headers and drivers fail in any way
+            why = one_line(str(e).strip().partition("\n")[0])[:300]
+            raise ValueError(f"torch.compile does not work here ({why}): --no-compile goes without it") from e
+
+
 def compile_blocks(model, wanted):
-    """torch.compile the blocks of a transformer: one compilation serves all. wanted None: on GPUs only."""
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    if wanted or (wanted is None and on_gpu):
+    """torch.compile the blocks of a transformer: one compilation serves all."""
+    if compiles(wanted, next(model.parameters()).device):
         for block in model.blocks:
             block.compile()
 

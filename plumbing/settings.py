@@ -180,6 +180,8 @@ def parser_of(method, model, description):
 
 def saved_settings(out):
     """-> (the settings of the run in `out`, its checkpoint or None where it was stopped before the first)."""
+    if out.is_file():
+        raise FileNotFoundError(f"--resume: {out} is a file; --out takes the run's folder: --out {out.parent}")
     if not out.is_dir():
         raise FileNotFoundError(f"--resume: {out} does not exist; name the run with --out, or leave --resume out")
     if (out / "last.pt").exists() or any(out.glob("step-*.pt")):  # a lost last.pt is no reason to start anew

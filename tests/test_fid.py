@@ -377,6 +377,15 @@ def test_images_are_turned_by_their_exif_and_bombs_refused(tmp_path, monkeypatch
         fid.open_set(tmp_path / "bomb")
 
 
+def test_no_room_in_shared_memory_is_said(image_sets, monkeypatch):
+    def full(images):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(fid, "default_collate", full)
+    with pytest.raises(ValueError, match="no room in shared memory.*--shm-size"):  # by way of a worker
+        next(iter(fid.open_set(image_sets / "folder")[0].batches(0, 2, 2)))
+
+
 def test_weights_that_are_absent_or_wrong_are_named(image_sets, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
