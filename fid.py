@@ -566,6 +566,8 @@ def evaluate(args, rank, world, local):
             wanted = exact(batch)[0]
             moved = max(moved, ((model(batch)[0] - wanted).abs().mean() / wanted.abs().mean()).item())
     warnings = warnings_for(sets, sides, digest, moved)
+    for warning in warnings:  # before the numbers that they are about
+        print(f"{'warning':<16} {warning}")
     if args.save_stats:
         made = dict(inception=digest, fast=args.fast) if seen else {}
         np.savez(f"{args.save_stats}.part.npz", **sides[0][1], **made)
@@ -577,8 +579,6 @@ def evaluate(args, rank, world, local):
         settings.update(device=str(device), torch=str(torch.__version__), splits_of=5000, neighbours=3)
         values = score(sides, model and model.fc.weight, device)
         report(args, sets, sides, values, dict(settings, seconds=round(time.time() - start, 1)), warnings)
-    for warning in warnings:
-        print(f"{'warning':<16} {warning}")
 
 
 def main(argv=None):
@@ -599,6 +599,8 @@ def main(argv=None):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
         evaluate(args, rank, world, local)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as e:
         time.sleep(2 * (rank > 0))  # let the first process speak first
         parser.error(re.sub(r"^\w+(Error|File): ", "", str(e).strip().splitlines()[-1]))  # behind a worker's traceback

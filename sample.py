@@ -12,13 +12,13 @@ stopped goes on when it is started again: finished batches lie in NAME.parts unt
 """
 
 import argparse
+import difflib
 import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,16 +27,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from inputs.vae import SCALE, Latents, decode, load_vae, read_stats, same_spec
+from inputs.vae import Latents, decode
 from irepa import Sampling, guided, randn, sample_ode, sample_sde, solve, stream
-from plumbing.checkpoints import load_checkpoint, open_checkpoint, refuse_unscaled
-from plumbing.files import hold_unfinished, mistakes, write_text, write_whole
+from plumbing.checkpoints import export_average, find_vae, load_checkpoint, open_checkpoint
+from plumbing.files import as_program, hold_unfinished, mistakes, write_text, write_whole
 from plumbing.flags import add_flags, make_parser
 from plumbing.methods import Method, method_named
 from plumbing.processes import check_compile, compile_blocks, device_name, is_first, pick_device, start_ranks
-from plumbing.records import save_grid, to_uint8, versions, write_npz
+from plumbing.records import progress, save_grid, to_uint8, versions, write_npz
 
 __all__ = ["guided", "load_checkpoint", "sample_ode", "sample_sde"]  # importable from here, too
 
@@ -54,7 +53,8 @@ class Asked:
     num: int | None = None  # number of images; for a grid: 8 of each of the first 10 labels
     npz: str | None = None  # file for arr_0, uint8 [N, H, W, 3], and labels, int64 [N]
     out_dir: str | None = None  # new folder for numbered PNGs
-    labels: str = "random"  # random, balanced (i modulo classes), or a list to cycle through: 3,7
+    export: str | None = None  # instead: write the average alone, with its config, to this .safetensors file
+    labels: str = "random"  # random, balanced (i modulo classes), or numbers or names to cycle through: 3,7 or cat,dog
     seed: int = 0  # names the sample set; image i depends on (seed, i)
     batch_size: int | None = None  # images at a time on each process; 256 on GPUs, else 64
     vae: str | None = ""  # of latent checkpoints, by default the one it was trained with, or sd-vae-ft-mse
@@ -101,13 +101,22 @@ def choose_labels(wanted, indices, num_classes, seed):
         return torch.tensor([int(torch.randint(num_classes, (), generator=generator)) for generator in streams])
     if wanted == "balanced":
         return torch.tensor([i % num_classes for i in indices])
-    try:
-        labels = [int(part) for part in wanted.split(",")]
-    except ValueError:
-        raise ValueError(f"--labels {wanted}: write random, balanced, or numbers such as 3,7") from None
+    labels = [int(part) for part in wanted.split(",")]
     if not all(0 <= label <= num_classes for label in labels):
         raise ValueError(f"--labels {wanted}: classes are 0 to {num_classes - 1}, and {num_classes} for none")
     return torch.tensor([labels[i % len(labels)] for i in indices])
+
+
+def numbered(wanted, classes):
+    """--labels with numbers in the place of names of classes. ValueError for a name of none."""
+    parts = [wanted] if wanted in classes else wanted.split(",")
+    numbers = {name: str(i) for i, name in enumerate(classes)}
+    for part in [] if wanted in ("random", "balanced") else parts:
+        if not part.strip().isdigit() and part not in numbers:
+            near = ", ".join(difflib.get_close_matches(part, classes, 3) or classes[:3])
+            hint = f"random, balanced, numbers such as 3,7, or names{': ' if near else ''}{near}"
+            raise ValueError(f"--labels {wanted}: {part!r} is no class of this checkpoint; write {hint}")
+    return ",".join(part if part.strip().isdigit() else numbers.get(part, part) for part in parts)
 
 
 # ---- What is asked for ----
@@ -143,52 +152,20 @@ def read_flags(argv):
             print(f"note: {asked.ckpt} knows one class, so that guidance has nothing to guide: sampled without --cfg")
     if asked.precision not in ("fp32", "tf32", "bf16"):
         raise ValueError(f"--precision is fp32, tf32 or bf16, not {asked.precision}")
-    if asked.npz and asked.out_dir:
-        raise ValueError("--npz or --out-dir, not both")
+    if not getattr(how, "cfg", 1) >= 0:
+        raise ValueError(f"--cfg must not be negative, and is {how.cfg}: 1 is no guidance, 0 no label")
+    if asked.npz and not asked.npz.endswith(".npz"):
+        raise ValueError(f"--npz {asked.npz}: the name must end in .npz; --out-dir writes PNGs")
+    if sum(bool(out) for out in (asked.npz, asked.out_dir, asked.export)) > 1:
+        raise ValueError("--npz, --out-dir or --export: one of them")
     if (asked.npz or asked.out_dir) and not asked.num:
         raise ValueError("say how many images: --num 50000 for a reported FID")
+    asked.labels = numbered(asked.labels, file.get("classes") or [])
     choose_labels(asked.labels, [0], model.config.num_classes, asked.seed)
     device = pick_device(asked.device)
     check_compile(asked.compile, device)
     asked.batch_size = asked.batch_size or (256 if device.type == "cuda" else 64)
     return asked, Opened(model.to(device), method, how, file, device)
-
-
-def find_vae(asked, opened):
-    """The Latents that turn samples into images; None for a model of pixels. ValueError where they do not fit."""
-    config, spec, ckpt = opened.model.config, opened.file.get("latent"), asked.ckpt
-    if opened.method.stored_vae:
-        if asked.vae is None or asked.latent_scale:
-            raise ValueError(f"{ckpt} makes latents of statistics of its own: leave --vae none and --latent-scale out")
-        named = asked.vae or asked.vae_weights
-        given = load_vae(asked.vae, asked.vae_weights, opened.device) if named else None
-        latent = opened.method.stored_vae(opened.file, opened.model, opened.device, given)
-        if given and latent.vae is not given.vae:
-            raise ValueError(f"{ckpt} holds its own VAE: leave --vae and --vae-weights out")
-        return latent
-    if spec is None and config.in_channels == 3:
-        if asked.vae or asked.latent_scale:
-            raise ValueError(f"{ckpt} makes pixels: leave --vae and --latent-scale out")
-        return None
-    if asked.vae is None:
-        raise ValueError(f"{ckpt} makes latents, which take a VAE: --vae none is for pixels")
-    name = asked.vae or (spec["vae"] if spec else "sd-vae-ft-mse")
-    if name == "local":
-        raise ValueError(f"{ckpt} was trained on a VAE of sha256 {spec['sha256'][:8]}: name its folder after --vae")
-    if not (spec or asked.latent_scale):
-        refuse_unscaled(ckpt, opened.file)
-    vae, found = load_vae(name, asked.vae_weights, opened.device)
-    if asked.latent_scale not in ("", "vae"):
-        found.update(zip(SCALE, read_stats(asked.latent_scale, found["channels"])))
-    elif spec and not asked.latent_scale:
-        found.update({key: spec[key] for key in SCALE})
-    elif not asked.latent_scale and opened.method.LATENT_SCALE:
-        found["scale"] = [opened.method.LATENT_SCALE] * found["channels"]
-    if spec:
-        same_spec(found, spec, ckpt)
-    if found["channels"] != config.in_channels:
-        raise ValueError(f"{ckpt} makes {config.in_channels} channels, --vae {name} takes {found['channels']}")
-    return Latents(vae, found)
 
 
 def plan_grid(asked, opened):
@@ -209,6 +186,15 @@ def plan_grid(asked, opened):
     target = next(path for path in free if not path.exists())
     shown = [str(names[row]) if row < len(names) else str(row) for row in rows]
     return replace(asked, num=columns * len(rows), labels=labels), target, shown
+
+
+def refuse_full(asked, opened):
+    """ValueError where the pixels that are asked for are more than the disk has room for."""
+    size = opened.model.config.input_size * (opened.latent.spec["factor"] if opened.latent else 1)
+    out = Path(asked.npz or asked.out_dir or asked.ckpt).absolute()
+    need, folder = 3 * size**2 * (asked.num or 0), next(path for path in out.parents if path.is_dir())
+    if need > (free := shutil.disk_usage(folder).free):
+        raise ValueError(f"{asked.num} images take {need / 1e9:.0f} GB, and {folder} has {free / 1e9:.0f} GB left")
 
 
 def json_beside(target):
@@ -237,15 +223,20 @@ def sample_batches(asked, opened, ranks, target, unfinished):
     chunks = [unfinished / f"{batch[0]:08d}.npy" for batch in batches]
     mine = list(zip(batches, chunks))[ranks.rank :: ranks.world]
     todo = [(batch, chunk) for batch, chunk in mine if not is_whole(chunk, len(batch))]
-    with tqdm(total=sum(len(batch) for batch, _ in todo), unit="img", desc="sampling", disable=ranks.rank > 0) as bar:
+    with progress(sum(len(batch) for batch, _ in todo), 0, ranks.rank == 0, "img", "sampling") as bar:
+        evaluations = itertools.count(1)  # the first images may take minutes
+
+        def count(*_):
+            bar.set_postfix_str(f"evaluation {next(evaluations)} of the network, {how.steps} steps", refresh=False)
+            bar.update(0)
+
+        model.register_forward_pre_hook(count)
         for indices, chunk in todo:
             labels = choose_labels(asked.labels, indices, model.config.num_classes, asked.seed)
             with autocast:
                 x = generate(model, labels, indices, asked.seed, method.solve, how)
             if latent:
                 x = decode(latent.vae, x, latent.spec)
-                if not torch.isfinite(x).all():
-                    raise FloatingPointError(f"the VAE's images {indices[0]} to {indices[-1]} are not finite")
             images = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
             if asked.out_dir:
                 for i, image in zip(indices, images):
@@ -288,8 +279,13 @@ def write_samples(asked, opened, target, unfinished, rows, record):
 def main(argv=None):
     with mistakes("sample.py"):
         asked, opened = read_flags(argv)
+        if asked.export:
+            export_average(asked.ckpt, asked.ema, asked.released, asked.export)
+            print(f"{asked.export}: the average of {asked.ckpt}; --ckpt and --init take it")
+            return
         opened = opened._replace(latent=find_vae(asked, opened))
         target, rows = Path(asked.npz or asked.out_dir or ""), None
+        refuse_full(asked, opened)
         if not (asked.npz or asked.out_dir):
             asked, target, rows = plan_grid(asked, opened)
         unfinished = Path(f"{target}.parts")
@@ -311,7 +307,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    as_program(main)

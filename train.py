@@ -18,7 +18,6 @@ once. A user's mistake exits with 2.
 import copy
 import itertools
 import math
-import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from inputs.tokens import Target
 from inputs.vae import decode, encode, to_latent
 from irepa import draws, stream
 from plumbing.checkpoints import hold_folder
-from plumbing.files import mistakes
+from plumbing.files import as_program, mistakes
 from plumbing.jobs import begin_log, finish, names_of, open_job, save
 from plumbing.processes import Stopped, compile_blocks, is_first, noted_signals, read_ahead, start_ranks
 from plumbing.records import Meter, append, plot, progress, save_grid, save_progress, to_uint8, warned
@@ -315,7 +314,9 @@ def train(job, signals):
                     saved = save(learner, stored, done, meter)
                 drawn = run.sample_every and (done % run.sample_every == 0 or last)
                 if drawn:
+                    bar.set_description("drawing a grid of samples")
                     warned(lambda: draw(averages["ema"], learner, out / "samples", done))
+                    bar.set_description()
                 if (drawn or last) and log.stat().st_size:
                     warned(lambda: plot(out))
     bar.close()
@@ -336,7 +337,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:  # while the run was being opened, or for the second time
-        sys.exit(130)
+    as_program(main)

@@ -29,7 +29,7 @@ from inputs.images import ImageSet
 from inputs.latents import Cached
 from inputs.shards import Shards
 from irepa import Config, Sampling, SiT
-from plumbing.files import mistakes, write_text
+from plumbing.files import as_program, mistakes, write_text
 from plumbing.flags import make_parser
 from plumbing.processes import compile_blocks, device_name, pick_device
 from sample import generate
@@ -283,4 +283,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -45,7 +45,7 @@ from inputs.teachers import load_encoder
 from inputs.tokens import Tokens, weights_sha256
 from plumbing import jobs
 from plumbing.checkpoints import read_checkpoint
-from plumbing.files import lock, mistakes, write_text, write_whole
+from plumbing.files import as_program, lock, mistakes, write_text, write_whole
 from plumbing.flags import make_parser
 from plumbing.processes import fast_bf16, pick_device
 from plumbing.records import rows_of
@@ -385,4 +385,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -30,7 +30,7 @@ from inputs.teachers import load_encoder
 from inputs.vae import FITS, same_spec, to_latent
 from irepa import SiT, interpolate
 from plumbing.checkpoints import open_checkpoint
-from plumbing.files import mistakes, write_text
+from plumbing.files import as_program, mistakes, write_text
 from plumbing.flags import make_parser
 from plumbing.processes import pick_device
 from plumbing.records import versions
@@ -286,4 +286,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -50,7 +50,7 @@ from experiments.structure_pictures import draw_pca, draw_similarity
 from experiments.token_sources import GRID, RANDOM, Live, choose_sources, open_tokens, read_labels
 from fid import Files, open_set
 from inputs.teachers import DRAWN
-from plumbing.files import mistakes, write_text
+from plumbing.files import as_program, mistakes, write_text
 from plumbing.flags import make_parser
 from plumbing.processes import pick_device
 from plumbing.records import versions
@@ -362,4 +362,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

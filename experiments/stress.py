@@ -27,7 +27,7 @@ import fid
 from inputs.images import ImageSet
 from inputs.latents import Cached, manifest_of
 from plumbing.checkpoints import open_checkpoint
-from plumbing.files import mistakes
+from plumbing.files import as_program, mistakes
 from plumbing.flags import make_parser
 from plumbing.processes import STOPPED
 from plumbing.records import rows_of
@@ -316,4 +316,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -35,7 +35,7 @@ from experiments.token_sources import pixels
 from experiments.what_matters_report import ARMS, known, report
 from inputs.teachers import find_encoder, load_encoder
 from inputs.tokens import Tokens, folder_of, write_tokens
-from plumbing.files import lock, mistakes
+from plumbing.files import as_program, lock, mistakes
 from plumbing.flags import make_parser
 from plumbing.processes import Ranks, pick_device
 from plumbing.records import rows_of
@@ -200,4 +200,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -19,7 +19,7 @@ import torch
 from inputs.images import DATA, Batch, ImageSet, Source
 from inputs.shards import Shards, begin, labels_of, positive, read_manifest, refuse_other
 from inputs.vae import FITS, encode, load_vae, same_spec
-from plumbing.files import lock, mistakes, write_text
+from plumbing.files import as_program, lock, mistakes, write_text
 from plumbing.flags import add_flags, make_parser
 from plumbing.processes import Ranks, is_first, pick_device, start_ranks
 
@@ -211,4 +211,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -27,7 +27,7 @@ from inputs.encoders import ENCODERS, Encoder, list_encoders, package_of, weight
 from inputs.foreign import build_webssl, fit, lite_names, mocov3_names, read_weights, timm_names, webssl_names
 from inputs.images import DATA, ImageSet, Source
 from inputs.tokens import Tokens, folder_of, write_tokens
-from plumbing.files import mistakes, one_line
+from plumbing.files import as_program, mistakes, one_line, reach_hub
 from plumbing.flags import add_flags, make_parser
 from plumbing.processes import fast_bf16, is_first, pick_device, start_ranks
 
@@ -193,6 +193,16 @@ def package_file(name):
     return next(Path(module.__file__).parent.glob("models/*.pth"))
 
 
+def in_cache(timm_id):
+    """Whether the hub's file of a network of timm has been downloaded before, or there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from timm.models import get_pretrained_cfg
+
+    hub = getattr(get_pretrained_cfg(timm_id), "hf_hub_id", None)
+    names = "model.safetensors", "pytorch_model.bin"
+    return not hub or any(isinstance(try_to_load_from_cache(hub, name), str) for name in names)
+
+
 def seeded(make):
     """make(), its random weights always the same, and no other draws disturbed."""
     with torch.random.fork_rng(devices=[]):
@@ -268,6 +278,8 @@ class Teacher(nn.Module):
                 self.refused(name, f"cannot be built for images of {self.side} px ({one_line(e)[:200]})")
             ) from e
         try:
+            if weights is None and not in_cache(entry.timm_id):
+                reach_hub()
             return seeded(lambda: build(entry.timm_id, self.grid, self.side, fill, pretrained=weights is None))
         except (OSError, RuntimeError) as e:  # of the network and of the hub
             raise ValueError(f"{name} cannot be downloaded ({one_line(e)[:300]}): {fetch}") from e
@@ -399,4 +411,4 @@ def refuse_full_disk(asked, entries, count):
 
 
 if __name__ == "__main__":
-    main()
+    as_program(main)

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from plumbing.files import one_line, read_pt
+from plumbing.files import one_line, reach_hub, read_pt
 from plumbing.processes import is_first
 
 VAES = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-mse", "sd-vae-ft-ema")}
 FITS, SCALE = ("sha256", "channels", "factor"), ("scale", "bias")
 SPEC = ("vae", *FITS, *SCALE)
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a VAE on the hub
 # the architecture of both, for files that hold tensors only
 SD_VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4,
@@ -53,6 +54,7 @@ def load_vae(name, weights=None, device="cpu", bf16=False):
     """
     try:
         from diffusers import AutoencoderKL  # late: four seconds that pixels need not wait for
+        from huggingface_hub import try_to_load_from_cache
     except ImportError as e:
         raise ValueError(f"--vae {name} takes diffusers: pip install diffusers ({e})") from e
     if name not in (*VAES, "tiny") and not os.path.exists(name):
@@ -76,16 +78,19 @@ def load_vae(name, weights=None, device="cpu", bf16=False):
             missing = [k for k, v in vae.state_dict().items() if fingerprint(v) not in found]
         else:
             source, variant = (VAES[name], None) if name in VAES else folder_of(name)
+            here = name not in VAES or isinstance(try_to_load_from_cache(source, WEIGHTS), str)
+            if not here:
+                reach_hub()
             vae, info = AutoencoderKL.from_pretrained(
-                source, variant=variant, local_files_only=name not in VAES, low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )  # fmt: skip
+                source, variant=variant, local_files_only=here, low_cpu_mem_usage=False, output_loading_info=True
+            )
             missing = info["missing_keys"]
         if missing:
             raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]}")
         scale, bias = own_scale(vae.config)
     except Exception as e:  # network, hub, format and shape errors have no common class
-        hint = f": fetch huggingface.co/{VAES[name]} and name its folder after --vae" if name in VAES else ""
+        fetch = f": fetch huggingface.co/{VAES.get(name)} and name its folder after --vae"
+        hint = f"{fetch}; below 128 px (--image-size 64) there is none by default" if name in VAES else ""
         raise ValueError(f"--vae {name} cannot be loaded ({one_line(e)[:300]}){hint}") from e
     digest = hashlib.sha256()
     for key, value in sorted(vae.state_dict().items()):
@@ -187,11 +192,17 @@ def to_latent(moments, noise, spec):
 
 @torch.no_grad()
 def decode(vae, z, spec):
-    """Latents [B, C, h, w] -> images [B, 3, H, W] in about [-1, 1], float32; eight at a time, for the memory's sake."""
+    """Latents [B, C, h, w] -> images [B, 3, H, W] in about [-1, 1], float32; eight at a time, for the memory's sake.
+
+    FloatingPointError where a number of them is not finite.
+    """
     scale, bias = per_channel(spec, z)
     with torch.autocast(z.device.type, enabled=False):
         z = (z.float() / scale + bias).to(vae.dtype)
-        return torch.cat([vae.decode(part).sample.float() for part in z.split(8)])
+        images = torch.cat([vae.decode(part).sample.float() for part in z.split(8)])
+    if not torch.isfinite(images).all():
+        raise FloatingPointError("the VAE made images that are not finite")
+    return images
 
 
 def same_spec(wanted, found, where, keys=(*FITS, *SCALE)):

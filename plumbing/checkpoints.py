@@ -1,14 +1,17 @@
 """Checkpoints in and out: this project's own, and those that plumbing/released.py knows."""
 
+import hashlib
+import json
 import os
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
-from inputs.vae import SPEC, same_spec
-from plumbing.files import lock, one_line, read_pt, write_whole
+from inputs.vae import SCALE, SPEC, Latents, load_vae, read_stats, same_spec
+from plumbing.files import OURS, lock, one_line, read_pt, write_whole
 from plumbing.processes import is_first
 from plumbing.released import recognised, weights_of
 
@@ -140,6 +143,70 @@ def refuse_unscaled(path, data):
         )
 
 
+# ---- Sampled from, or handed on ----
+
+
+def find_vae(asked, opened):
+    """The Latents that turn samples into images; None for a model of pixels. ValueError where they do not fit."""
+    config, spec, ckpt = opened.model.config, opened.file.get("latent"), asked.ckpt
+    if opened.method.stored_vae:
+        if asked.vae is None or asked.latent_scale:
+            raise ValueError(f"{ckpt} makes latents of statistics of its own: leave --vae none and --latent-scale out")
+        named = asked.vae or asked.vae_weights
+        given = load_vae(asked.vae, asked.vae_weights, opened.device) if named else None
+        latent = opened.method.stored_vae(opened.file, opened.model, opened.device, given)
+        if given and latent.vae is not given.vae:
+            raise ValueError(f"{ckpt} holds its own VAE: leave --vae and --vae-weights out")
+        return latent
+    if spec is None and config.in_channels == 3:
+        if asked.vae or asked.latent_scale:
+            raise ValueError(f"{ckpt} makes pixels: leave --vae and --latent-scale out")
+        return None
+    if asked.vae is None:
+        raise ValueError(f"{ckpt} makes latents, which take a VAE: --vae none is for pixels")
+    name = asked.vae or (spec["vae"] if spec else "sd-vae-ft-mse")
+    if name == "local":
+        raise ValueError(f"{ckpt} was trained on a VAE of sha256 {spec['sha256'][:8]}: name its folder after --vae")
+    if not (spec or asked.latent_scale):
+        refuse_unscaled(ckpt, opened.file)
+    vae, found = load_vae(name, asked.vae_weights, opened.device)
+    if asked.latent_scale not in ("", "vae"):
+        found.update(zip(SCALE, read_stats(asked.latent_scale, found["channels"])))
+    elif spec and not asked.latent_scale:
+        found.update({key: spec[key] for key in SCALE})
+    elif not asked.latent_scale and opened.method.LATENT_SCALE:
+        found["scale"] = [opened.method.LATENT_SCALE] * found["channels"]
+    if spec:
+        same_spec(found, spec, ckpt)
+    if found["channels"] != config.in_channels:
+        raise ValueError(f"{ckpt} makes {config.in_channels} channels, --vae {name} takes {found['channels']}")
+    return Latents(vae, found)
+
+
+def export_average(path, ema, released, target):
+    """Write the average of a checkpoint alone to `target`, .safetensors, with what sampling and --init ask of a file.
+
+    The rest lies in its metadata, as JSON. FileExistsError or ValueError where it cannot be.
+    """
+    if not str(target).endswith(".safetensors"):
+        raise ValueError(f"--export {target}: the name must end in .safetensors")
+    if Path(target).exists():
+        raise FileExistsError(f"{target} exists and is left as it is; choose another name")
+    data = read_checkpoint(path)
+    method, config, weights = understood(path, data, ema, released)
+    tensors = {f"ema.{name}": tensor for name, tensor in weights.items()}
+    if method.stored_vae:
+        tensors.update({f"vae.{name}": tensor for name, tensor in data.get("vae", {}).items()})
+    facts = {key: data[key] for key in ("classes", "latent", "vae_config", "step", "steps") if key in data}
+    with open(path, "rb") as f:
+        facts.update(checkpoint_sha256=hashlib.file_digest(f, "sha256").hexdigest())
+    settings = {**(data.get("settings") or {}), "method": method.name}
+    facts.update(config=config, settings=settings, classes=data.get("classes") or [])
+    metadata = {OURS: json.dumps(facts), "format": "pt"}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # none may share its memory
+    write_whole(target, lambda f: f.write(save(tensors, metadata)))
+
+
 # ---- A run's own ----
 
 
@@ -181,18 +248,25 @@ def read_last(out):
 
 def same_run(run, config, data, spec, checkpoint):
     """ValueError where a checkpoint belongs to another network, other data or other latents than what is asked."""
-    settings = checkpoint["settings"]
-    old = {**settings, **checkpoint["config"], "classes": checkpoint["classes"], "images": checkpoint["images"]}
-    new = {**asdict(config), "classes": data.classes, "images": len(data)}
-    new.update({key: getattr(run, key) for key in "method align encoder cls_weight seed batch_size".split()})
-    for key in new:
-        if old.get(key, new[key]) != new[key]:
-            raise ValueError(f"{run.out} was started with {key} {old[key]}, not {new[key]}; start another --out")
+    old = {**checkpoint["config"], "classes": checkpoint["classes"], "images": checkpoint["images"]}
+    refuse_change(run.out, old, {**asdict(config), "classes": data.classes, "images": len(data)})
     before, now = checkpoint.get("weights_sha256"), getattr(data, "weights_sha256", None)
     if before and now and before != now:
         raise ValueError(f"{run.tokens} is of other weights of the encoder than those that {run.out} was started with")
     if spec:
         same_spec(spec, checkpoint["latent"], f"{run.out}/last.pt")
+
+
+def same_settings(run, checkpoint):
+    """ValueError where a checkpoint belongs to a run whose steps would be others than what is asked."""
+    names = "method align model encoder cls_weight seed batch_size".split()
+    refuse_change(run.out, checkpoint["settings"], {name: getattr(run, name) for name in names})
+
+
+def refuse_change(out, old, new):
+    for key in new:
+        if old.get(key, new[key]) != new[key]:
+            raise ValueError(f"{out} was started with {key} {old[key]}, not {new[key]}; start another --out")
 
 
 def refuse_used(out):

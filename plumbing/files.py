@@ -12,7 +12,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+
+OURS = "irepa"  # in the metadata of a .safetensors, before what a checkpoint holds beside its tensors
 
 
 def one_line(error):
@@ -40,6 +42,14 @@ def mistakes(program, *kinds):
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def as_program(main):
+    """main() of a file that is run: Ctrl-C, where nobody else takes it, ends it without a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def write_whole(path, save):
@@ -100,11 +110,35 @@ def hold_unfinished(folder, record, leave_out):
     return held
 
 
+def reach_hub():
+    """OSError, at once, where the Hugging Face hub cannot be reached: its own library tries for a minute."""
+    from huggingface_hub import constants, utils  # late: of what is downloaded alone
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            utils.get_session().head(constants.ENDPOINT, timeout=20)
+        except Exception as e:  # the library beneath it, and its errors, change with the version
+            raise OSError(f"{constants.ENDPOINT} cannot be reached: {one_line(e)[:200]}") from e
+
+
+def read_safetensors(path):
+    """The tensors by name; of a file that sample.py exported, the dict of a checkpoint."""
+    with safe_open(path, "pt") as file:
+        facts, tensors = (file.metadata() or {}).get(OURS), {name: file.get_tensor(name) for name in file.keys()}
+    if facts is None:
+        return tensors
+    data = json.loads(facts)
+    for name, tensor in tensors.items():
+        entry, _, name = name.partition(".")
+        data.setdefault(entry, {})[name] = tensor
+    return data
+
+
 def read_pt(path):
     """What torch.save or safetensors wrote to `path`, on the CPU, executing nothing in it. ValueError, saying why."""
     try:
         if str(path).endswith(".safetensors"):
-            return load_file(path)
+            return read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # REPA's released files hold one
             # the format before torch 1.6 is no zip, and cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

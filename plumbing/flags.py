@@ -4,6 +4,7 @@ A comment on a line of its own is the heading of the flags below it; a field wit
 """
 
 import argparse
+import difflib
 import inspect
 import re
 import typing
@@ -70,10 +71,21 @@ def add_flags(parser, cls, leave_out=(), defaults=None, title="", others={}):
         groups[heading].add_argument(*[f"--{name.replace('_', '-')}" for name in names], dest=field.name, **how)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """Names, beside a flag that there is not, one that may be meant."""
+        if message.startswith("unrecognized arguments"):
+            for flag in re.findall(r"--[\w-]+", message):
+                known = [*self._option_string_actions]
+                near = [k for k in known if k.startswith(flag)] or difflib.get_close_matches(flag, known, 1, 0.7)
+                message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message)
+
+
 def make_parser(program, description, usage="[flags], which --help lists"):
     def style(prog):
         return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=120)
 
-    return argparse.ArgumentParser(
+    return Parser(
         program, usage=f"%(prog)s {usage}", description=description, formatter_class=style, allow_abbrev=False
     )

@@ -15,7 +15,7 @@ from inputs.teachers import find_encoder, load_encoder
 from inputs.tokens import Taught, Tokens
 from inputs.vae import FITS, SCALE, VAES, Latents, read_stats, same_spec
 from irepa import draws, stream
-from plumbing.checkpoints import initial_weights, refuse_used, same_run, save_checkpoint
+from plumbing.checkpoints import initial_weights, refuse_used, same_run, same_settings, save_checkpoint
 from plumbing.files import one_line, shown
 from plumbing.methods import Method
 from plumbing.processes import STOPPED, check_compile, device_name, fast_bf16, is_first, mixed, pick_device
@@ -61,6 +61,10 @@ def open_job(argv, description):
         network_config(run, method)  # what does not fit together is said before anything slow
     if method.Config.named(run.model, **run.network).projector and not run.tokens:
         find_encoder(run.encoder, run.encoder_weights, run.cls_weight)
+    if checkpoint:
+        same_settings(run, checkpoint)
+    if run.data is None and not (run.demo or run.tokens or run.latents or Path(DATA).exists()):
+        raise FileNotFoundError(f"{DATA} does not exist: name your images with --data, or try --demo, which needs none")
     device = pick_device(run.device)
     check_compile(run.compile, device)
     latent = open_vae(run, device)
@@ -191,10 +195,16 @@ def begin_log(job, networks, ranks, start, training):
             f"resumed on {ranks.world} processes x {run.accumulate} parts, saved on {was.get('processes', 1)} x"
             f" {was['settings']['accumulate']}: the same batches and noise, equal to float rounding"
         )
+    changed = {k: v for k, v in run.record().items() if was["settings"].get(k, v) != v} if was else {}
+    if told := [f"{k} {was['settings'][k]} -> {v}" for k, v in changed.items() if k not in ("out", "resume")]:
+        print(f"changed for the steps to come: {', '.join(told)}")
+    if run.batch_size > training:
+        print(f"note: a batch of {run.batch_size} has each of the {training} images more than once (--batch-size)")
     sizes = ", ".join(f"{v / 1e6:.1f}M {k.replace('_', ' of ')}" for k, v in record.items() if "parameters" in k)
     many = len(job.data.classes)
-    classes = f"{training} images in {many} class{'es' if many > 1 else ''}"
-    print(f"{run.method} on {job.device}: {sizes}, {classes}, step {start} of {run.steps}")
+    classes = f"{training} images in {many} class{'es' if many > 1 else ''} to train on"
+    held = f"{len(job.data) - training} held out"
+    print(f"{run.method} on {job.device}: {sizes}, {classes}, {held}, step {start} of {run.steps}")
     return log
 
 
@@ -225,7 +235,9 @@ def finish(job, done, stop, saved, broken):
             print(f"stopped: {kept}; --resume --out {out} goes on")
         raise SystemExit(STOPPED)
     if is_first():
-        flags = f" --cfg {run.sample_cfg:g}" if run.sample_cfg != 1 else ""
+        flags = " --seed 1" + (f" --cfg {run.sample_cfg:g}" if run.sample_cfg != 1 else "")
+        if getattr(job.method.Sampling(), "sampler", "") == "sde":  # whose 250 steps are for reported numbers
+            flags += " --sampler heun --steps 25"
         if latent and not job.method.stored_vae:
             flags += f" --vae {run.vae}" if latent.spec["vae"] == "local" else ""
             flags += f" --vae-weights {run.vae_weights}" if run.vae_weights else ""

@@ -19,8 +19,8 @@ STOPPED = 75  # exit code after a signal: saved, start it again (EX_TEMPFAIL)
 
 
 def pick_device(name):
-    """torch.device for --device: 'auto' is this process's GPU, else MPS, else the CPU. ValueError if it is absent, or if
-    the environment speaks of several processes without saying how they meet."""
+    """torch.device for --device: 'auto' is this process's GPU, else MPS, else the CPU. ValueError if it is absent, or
+    if the environment speaks of several processes without saying how they meet."""
     needed = "RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
     absent = [name for name in needed if name not in os.environ]
     if "RANK" in os.environ and absent:
@@ -163,6 +163,8 @@ def noted_signals():
     def note(number, _):
         noted.append(number)
         signal.signal(number, before[number])
+        if is_first():  # by os: print() may be at work at this moment
+            os.write(2, b"\nstopping after this step and saving; once more, and it ends at once without saving\n")
         if noted.waiting:
             noted.waiting = False
             raise Stopped

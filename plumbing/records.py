@@ -70,7 +70,8 @@ class Meter:
                 more = f" and {len(names) - 8} more" if len(names) > 8 else ""
                 raise FloatingPointError(
                     f"loss or gradient was not finite in {PATIENCE} steps in a row from step {first} on; none of them"
-                    f" was applied, and the checkpoints are clean. The first of them saw {', '.join(names[:8])}{more}"
+                    f" was applied, and what has been saved is clean. A lower --lr or a longer --warmup may help."
+                    f" The first of them saw {', '.join(names[:8])}{more}"
                 )
 
     @contextmanager
@@ -108,19 +109,19 @@ def append(log, row):
 
 
 def warned(write):
-    """write(), and whether it could: a full disk must not end a run that can still train."""
+    """write(), and whether it could: neither a full disk nor a bad picture must end a run that can still train."""
     try:
         write()
-    except OSError as e:
+    except (OSError, FloatingPointError) as e:
         tqdm.write(f"warning: {one_line(e)}; training goes on", file=sys.stderr)
         return False
     return True
 
 
-def progress(total, done, first):
+def progress(total, done, first, unit="step", what=None):
     """The bar of a run; in a file, a line each half minute."""
     often = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=done, disable=not first, unit="step", mininterval=often)
+    return tqdm(None, what, total, disable=not first, unit=unit, mininterval=often, miniters=0, initial=done)
 
 
 def versions():

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -26,8 +27,8 @@ FACTS = "git_commit torch numpy python config classes hardware world_size bf16 i
 # --demo; drawn shapes take the place of --data
 DEMO = dict(
     image_size=32, model="SiT-S/4", hidden_size=192, depth=4, num_heads=3, encoder_depth=2, batch_size=32, steps=1800,
-    lr=2e-3, warmup=100, lr_schedule="cosine", ema=0.998, ema_warmup=True, log_every=50, sample_every=600,
-    ckpt_every=600, sample_cfg=3.0, out="runs/demo",
+    lr=2e-3, warmup=100, lr_schedule="cosine", ema=0.998, log_every=50, sample_every=600,
+    ckpt_every=600, sample_cfg=3.0,
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ class Run(VaeSource, TeacherSource):
     clip: float | None = 1.0  # gradient norm, or none
     ema: float = 0.9999  # decay of the moving average of the weights, a step
     ema2: float | None = None  # decay of a second average, which checkpoints hold too, or none
-    ema_warmup: bool = False  # let the decays rise to theirs as (1 + step) / (10 + step)
+    ema_warmup: bool = True  # let the decays rise to theirs as (1 + step) / (10 + step); the papers' are constant
     seed: int = 0  # of weights, data order, noise, times, label drops and flips
     precision: str = "auto"  # auto, bf16 or fp32; auto is bf16 autocast where it is fast
     # run
@@ -97,7 +98,8 @@ def resolve(argv=None, description=None):
     chosen = early.parse_known_args(argv)[0]
     method = method_named(chosen.method or "irepa")
     model = chosen.model or method.TRAINING.get("model", Run.model)
-    demo = {**DEMO, **method.DEMO} if chosen.demo else {}
+    of = "" if method.name == "irepa" else f"{method.name.replace('_', '-')}-"
+    demo = {**DEMO, "out": f"runs/{of}demo", **method.DEMO} if chosen.demo else {}
     out = Path(chosen.out or demo.get("out") or f"runs/{method.name}-{model.replace('/', '-')}")
     saved, checkpoint = saved_settings(out) if chosen.resume else ({}, None)
     if "method" in saved and not chosen.method:
@@ -267,7 +269,13 @@ def network_config(run, method, spec=None, num_classes=1000, encoder_dim=1):
         raise ValueError(f"--image-size {run.image_size} is not a multiple of the VAE's factor {factor}")
     found = dict(input_size=run.image_size // factor, in_channels=channels)
     found.update(num_classes=num_classes, encoder_dim=encoder_dim)
-    config = method.Config.named(run.model, **found, **run.network)
+    try:
+        config = method.Config.named(run.model, **found, **run.network)
+    except ValueError as e:  # which speaks of fields
+        flags = {f.name: f"--{f.name.replace('_', '-')}" for f in fields(method.Config)}
+        flags.update(input_size=f"--image-size by {factor}" if spec or run.vae else "--image-size")
+        words = re.sub(r"\w+", lambda word: flags.get(word[0], word[0]), str(e))
+        raise ValueError(f"--model {run.model}: {words}") from e
     tokens = (config.input_size // config.patch_size) ** 2
     if tokens > 4096:
         raise ValueError(

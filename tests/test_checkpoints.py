@@ -86,6 +86,28 @@ def test_bad_checkpoints_are_named_errors(tmp_path):
     assert load_checkpoint(tmp_path / "ours.pt")[1].projector is None
 
 
+@pytest.mark.parametrize("method", ["irepa", "repa_e"])
+def test_an_exported_average_is_what_samples_and_starts_a_run(tmp_path, method, capsys):
+    own = ["--lpips", "none"] if method == "repa_e" else []
+    size = {"irepa": 16, "repa_e": 32}[method]  # the discriminator's least is 24
+    flags = [*RUN, "--demo", "--method", method, *own, "--image-size", size, "--sample-every", 0]
+    run(*flags, "--ckpt-every", 100, "--keep", 0, "--out", tmp_path / "run")
+    file, last = tmp_path / "small.safetensors", tmp_path / "run/last.pt"
+    run_sample("--ckpt", last, "--export", file)
+    assert file.stat().st_size < last.stat().st_size / 2.9
+    for name, ckpt in (("a", last), ("b", file)):
+        run_sample("--ckpt", ckpt, "--steps", 2, "--num", 2, "--labels", "circle", "--npz", tmp_path / f"{name}.npz")
+    assert np.array_equal(*(np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab"))
+    a, b = (load_checkpoint(path) for path in (last, file))
+    assert a[1] == b[1] and same_weights(a[0].state_dict(), b[0].state_dict())
+    run(*flags, "--init", file, "--steps", 1, "--lr", 1e-12, "--ema", 0, "--no-ema-warmup", "--out", tmp_path / "next")
+    for name, value in a[0].named_parameters():  # statistics move without a learning rate
+        torch.testing.assert_close(weights(tmp_path / "next", "ema")[name], value)
+    for target, message in ((file, "exists and is left as it is"), ("small.pt", "must end in .safetensors")):
+        assert message in refused(capsys, run_sample, "--ckpt", last, "--export", target)
+    assert "only averages: leave --no-ema out" in refused(capsys, run_sample, "--ckpt", file, "--no-ema")
+
+
 # ---- Which weights ----
 
 

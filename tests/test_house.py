@@ -26,7 +26,7 @@ LINES = {
     "irepa.py": 450,
     "train.py": 350,
     "sample.py": 320,
-    "fid.py": 612,
+    "fid.py": 615,
     "test_irepa.py": 600,
     "variants/repa_e.py": 300,
     "README.md": 260,

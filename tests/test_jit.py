@@ -179,7 +179,7 @@ def test_released_checkpoints_load_strictly(tmp_path, capsys, ema, kind):
 def test_presets_and_what_it_has_not(photos, tmp_path, capsys):
     asked = settings("--method", "jit")
     assert (asked.model, asked.vae, asked.beta2, asked.clip) == ("JiT-B/16", None, 0.95, None)
-    assert asked.flip and (asked.ema, asked.ema2, asked.ema_warmup) == (0.9999, 0.9996, False)
+    assert asked.flip and (asked.ema, asked.ema2, asked.ema_warmup) == (0.9999, 0.9996, True)
     assert not settings().flip and settings().ema2 is None and not settings("--demo", "--method", "jit").flip
     alignments = {"irepa": ("conv", 0.8, 0.5), "repa": ("mlp", None, 0.5), "none": (None, 0.8, 0.5)}
     for align, expected in alignments.items():

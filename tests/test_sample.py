@@ -69,10 +69,16 @@ def test_demo_then_sample(tmp_path, capsys):
     assert record["config"] == {**config["config"], "projector": None}
     run_sample(*common, "--num", 3, "--out-dir", tmp_path / "pngs", "--labels", "3,7")
     assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    run_sample(*common, "--num", 3, "--npz", tmp_path / "named.npz", "--labels", f"{Shapes.classes[3]},7")
+    assert np.load(tmp_path / "named.npz")["labels"].tolist() == [3, 7, 3]
     for flags, message in (
         (["--npz", tmp_path / "s.npz", "--num", 2], "exists and is left as it is"),
         (["--npz", "new.npz"], "say how many images"),
         (["--labels", "12"], "classes are 0 to 9"),
+        (["--labels", "circle,stra"], "'stra' is no class of this checkpoint; write random, balanced, numbers"),
+        (["--cfg", "-1"], "--cfg must not be negative"),
+        (["--npz", "x.png", "--num", 2], "must end in .npz"),
+        (["--num", 10**11], "GB left"),
         (["--steps", "0"], "must be at least 1"),
         (["--sampler", "rk4"], "sampler is sde, euler or heun, not rk4"),
         (["--precision", "fp8"], "--precision is fp32, tf32 or bf16, not fp8"),

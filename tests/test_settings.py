@@ -4,7 +4,10 @@ import re
 from dataclasses import fields
 
 import pytest
+import torch
 
+from inputs.teachers import load_encoder
+from inputs.vae import load_vae
 from plumbing.flags import comments_of
 from plumbing.methods import method_named, method_names
 from plumbing.settings import FOUND, Run, network_config, resolve
@@ -73,24 +76,25 @@ def test_a_flag_of_another_method_is_unknown(capsys):
     "flags,message",
     [
         ("--data nowhere", "nowhere does not exist"),
-        ("--image-size 18", "18 is not a multiple of patch_size 4"),
+        ("--image-size 18", "--image-size 18 is not a multiple of --patch-size 4"),
         ("--batch-size 9 --accumulate 2", "does not divide"),
         ("--model SiT-M/4", "there are SiT-S/1"),
         ("--method jitter", "--method is one of irepa, repa, sit, "),
         ("--method meanflow --align jepa", "--align is one of irepa, repa, none, not jepa"),
-        ("--path straight", "path is linear or cosine, not 'straight'"),
-        ("--projector lin", "projector is conv, mlp, linear or none, not lin"),
+        ("--path straight", "--path is linear or cosine, not 'straight'"),
+        ("--projector lin", "--projector is conv, mlp, linear or none, not lin"),
         ("--precision fp16", "--precision is auto or bf16 or fp32, not fp16"),
         ("--lr-schedule step", "--lr-schedule is constant or cosine, not step"),
         ("--encoder nothing", "unknown encoder"),
-        ("--depth 4 --encoder-depth 5", "encoder_depth 5"),
+        ("--depth 4 --encoder-depth 5", "--encoder-depth 5 is not in"),
         ("--resume", "does not exist"),
+        ("--resume --out README.md", "README.md is a file; --out takes the run's folder: --out ."),
         ("--device tpu9", "cannot be used"),
         ("--steps 0", "must be positive"),
         ("--lr nan", "must be positive"),
         ("--seed -1", "--seed must not be negative, and is -1"),
         ("--seed 9223372036854775808", "--seed must be below 2^63"),
-        ("--kernel-size 0", "must be positive"),
+        ("--kernel-size 0", "--kernel-size must be positive"),
         ("--image-size 4 --model SiT-S/2", "at least 8 px"),
         ("--image-size 512 --vae none", "16384 tokens"),
         ("--image-size 12 --latents cache", "--latents goes with a --vae"),
@@ -103,3 +107,32 @@ def test_a_flag_of_another_method_is_unknown(capsys):
 def test_a_users_mistake_is_one_sentence_and_exit_2(photos, tmp_path, capsys, flags, message):
     error = refused(capsys, run, *RUN, "--data", photos, "--out", tmp_path / "run", *flags.split())
     assert message in error and not (tmp_path / "run").exists()
+
+
+def test_what_the_surroundings_lack_is_said_before_a_run(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "or try --demo" in refused(capsys, run)  # before a VAE is fetched
+    flags = [*RUN, "--data", photos, "--out", tmp_path / "run"]
+    assert "--batch 3; did you mean --batch-size?" in refused(capsys, run, *flags, "--batch", 3)
+
+    def broken(function):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nand a page of advice")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    said = refused(capsys, run, *flags, "--compile")
+    assert "No working C++ compiler found): --no-compile goes without it" in said and "advice" not in said
+    monkeypatch.setenv("RANK", "0")
+    said = refused(capsys, run, *flags)
+    assert "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start it with torchrun" in said
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path, monkeypatch, capsys):
+    def get_session():
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", get_session)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name, load in (("sd-vae-ft-mse", load_vae), ("timm:resnet18", lambda name: load_encoder(name, 8))):
+        with pytest.raises(ValueError, match=f"{name} cannot be .*cannot be reached: Name or service not known"):
+            load(name)

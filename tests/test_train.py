@@ -62,7 +62,7 @@ def test_batches_cover_epochs_and_do_not_depend_on_ranks():
     assert len(repeated) == 24 and np.bincount(repeated).tolist() == [8, 8, 8]
 
 
-def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, capsys):
+def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, monkeypatch, capsys):
     flags = [*RUN, "--data", photos, "--seed", 3, "--sample-every", 0]
     run(*flags, "--steps", 6, "--out", tmp_path / "straight", "--sample-every", 4)  # drawing changes nothing
     run(*flags, "--steps", 3, "--out", tmp_path / "stopped")
@@ -70,8 +70,15 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, capsys):
     assert "stopped exists; --resume continues it" in refused(capsys, run, *flags, "--out", tmp_path / "stopped")
     # the order of the data would be another; another network
     assert "batch_size 8, not 4" in refused(capsys, run, *again, "--steps", 6, "--batch-size", 4)
-    assert "was started with projector conv, not mlp" in refused(capsys, run, *again, "--steps", 6, "--method", "repa")
+    with monkeypatch.context() as patch:
+        patch.setattr("plumbing.jobs.ImageSet", None)  # said before anything is decoded
+        for flag, value, was in (("--method", "repa", "method irepa"), ("--model", "SiT-B/4", "model SiT-S/4")):
+            said = refused(capsys, run, *again, "--steps", 6, flag, value)
+            assert f"was started with {was}, not {value}" in said
+    capsys.readouterr()
     run(*again, "--steps", 6)  # the other settings come from the run
+    said = capsys.readouterr().out
+    assert "changed for the steps to come: steps 3 -> 6\n" in said and "23 images in 2 classes to train on, 1 held" in said
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "stopped"))
     for which in ("model", "ema"):
         assert same_weights(a[which], b[which])

@@ -30,7 +30,7 @@ from irepa import check, guided, interpolate, modulate, sample_ode, training_dra
 
 # what it changes in train.py, in training and in --demo, whose crescents all lie to the left
 TRAINING = dict(model="JiT-B/16", vae=None, flip=True, beta2=0.95, clip=None, ema2=0.9996)
-DEMO = dict(model="JiT-S/4", flip=False, steps=900, sample_every=300, ckpt_every=300, out="runs/jit-demo")
+DEMO = dict(model="JiT-S/4", flip=False, steps=900, sample_every=300, ckpt_every=300)
 
 
 def scaled(batch_size):

@@ -46,7 +46,7 @@ warnings.filterwarnings("ignore", ".*torch.jit.script. is deprecated")
 
 # what it changes in train.py, in training and in --demo
 TRAINING = dict(model="SiT-B/2", beta2=0.95)
-DEMO = dict(omega=2.0, kappa=0.0, sample_cfg=1.0, out="runs/meanflow-demo")
+DEMO = dict(omega=2.0, kappa=0.0, sample_cfg=1.0)
 LATENT_SCALE = 0.18125  # of the latents of the public PyTorch code, not 0.18215
 
 

@@ -41,7 +41,7 @@ from plumbing.files import one_line
 # what it changes in train.py's --demo: the tiny VAE is trained from random weights, hence no latents of a file
 DEMO = dict(
     model="SiT-S/1", vae="tiny", lpips="none", vae_proj_coeff=0.5, gan_coeff=0.01, disc_width=16, hidden_size=128,
-    num_heads=4, batch_size=16, steps=1200, sample_every=600, out="runs/repa-e-demo",
+    num_heads=4, batch_size=16, steps=1200, sample_every=600,
 )  # fmt: skip
 
 L1, LPIPS, KL = 1.0, 1.0, 1e-6  # weights in the VAE's loss, beside --gan-coeff and --vae-proj-coeff
