@@ -274,7 +274,7 @@ def train(job, signals):
         for name, entry in stored.items():
             entry.load_state_dict(job.checkpoint[name])
         start, seconds = job.checkpoint["step"], job.checkpoint["seconds"]
-    compile_blocks(model, run.compile)
+    compile_blocks(model, run.compile, job.autocast if run.checkpoint_blocks else None)
 
     unseen = []
     for i, chunk in list(enumerate(chunks))[ranks.rank :: ranks.world]:

@@ -36,6 +36,8 @@ def by_folder(path, images, folders):
         raise ValueError(f"{shown(path)}: {stray} lies beside the class folders, in none of them; move or remove it")
     names = class_names(set(of_image), path)
     classes = sorted(set(names.values()))
+    if all(name.isdigit() for name in classes) and classes != sorted(classes, key=int):
+        notes.append(f"the folders are numbers, counted in the order {', '.join(classes[:5])}, ...: see --labels")
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[names[folder]] for folder in of_image])
     return labels, [shown(name) for name in classes], [*notes, *without_images(folders, of_image)]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, get_worker_info
 
 from plumbing.files import one_line
@@ -135,9 +136,26 @@ def check_compile(wanted, device):
             raise ValueError(f"torch.compile does not work here ({why}): --no-compile goes without it") from e
 
 
-def compile_blocks(model, wanted):
-    """torch.compile the blocks of a transformer: one compilation serves all."""
-    if compiles(wanted, next(model.parameters()).device):
+def recompute_blocks(model, context=None):
+    """Keep of each block its input alone, and compute the rest again in the backward pass, under context()."""
+    how = dict(use_reentrant=False, preserve_rng_state=False)
+    if context:
+        how.update(context_fn=lambda: (nullcontext(), context()))
+
+    def recomputed(block):
+        plain = block.forward
+        return lambda *inputs: checkpoint(plain, *inputs, **how) if torch.is_grad_enabled() else plain(*inputs)
+
+    for block in model.blocks:
+        block.forward = recomputed(block)
+
+
+def compile_blocks(model, wanted, again=None):
+    """torch.compile the blocks of a transformer: one compilation serves all; with recompute_blocks(model, again)."""
+    compiled = compiles(wanted, next(model.parameters()).device)
+    if again:
+        recompute_blocks(model, None if compiled else again)  # compiled, they keep the context that they were traced in
+    if compiled:
         for block in model.blocks:
             block.compile()
 

@@ -1,5 +1,6 @@
 """What a run leaves behind: log rows, curves, grids of images, versions."""
 
+import functools
 import json
 import os
 import shutil
@@ -168,20 +169,46 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+@functools.cache
+def font_for(name):
+    """A font that has each letter of a name: Pillow's own, or one of the system's; None where there is none."""
+    if name.isascii():
+        return ImageFont.load_default(size=16)
+    from matplotlib import font_manager, ft2font  # late: a second that other names need not wait for
+
+    plain = [font for font in font_manager.fontManager.ttflist if font.weight in (400, "normal", "regular")]
+    # the last resort has a box for each letter
+    paths = {font.fname for font in plain if font.style == "normal" and "LastResort" not in font.fname}
+    for path in sorted(paths):
+        if {ord(letter) for letter in name} <= ft2font.FT2Font(path).get_charmap().keys():
+            return ImageFont.truetype(path, 16)
+    return None
+
+
+@functools.cache
+def told(text):
+    tqdm.write(text, file=sys.stderr)
+
+
 def save_grid(images, names, path):
     """Write uint8 [rows * columns, 3, H, W] as a PNG with names[row] before each row, enlarged to be seen."""
     images = images.permute(0, 2, 3, 1).cpu().numpy()
     rows, side = len(names), images.shape[1]
     columns, zoom = len(images) // rows, max(1, 96 // side)
-    cell, font = side * zoom + 4, ImageFont.load_default(size=16)
-    margin = int(max(font.getlength(name) for name in names)) + 16
+    numbered = {name: f"row {row}" for row, name in enumerate(names, start=1) if not font_for(name)}
+    if numbered:
+        rows_are = ", ".join(f"{row}: {name}" for name, row in numbered.items())
+        told(f"note: no font here has the letters of some names, which are numbers in the grids: {rows_are}")
+    names = [numbered.get(name, name) for name in names]
+    cell = side * zoom + 4
+    margin = int(max(font_for(name).getlength(name) for name in names)) + 16
     grid = Image.new("RGB", (margin + columns * cell, rows * cell), "white")
     draw = ImageDraw.Draw(grid)
     for i, image in enumerate(images):
         tile = Image.fromarray(image).resize((side * zoom, side * zoom), Image.Resampling.NEAREST)
         grid.paste(tile, (margin + i % columns * cell, i // columns * cell + 2))
     for row, name in enumerate(names):
-        draw.text((8, (row + 0.5) * cell), name, fill="black", font=font, anchor="lm")
+        draw.text((8, (row + 0.5) * cell), name, fill="black", font=font_for(name), anchor="lm")
     os.makedirs(Path(path).parent, exist_ok=True)
     write_whole(path, lambda f: grid.save(f, "PNG"))
 

@@ -75,6 +75,7 @@ class Run(VaeSource, TeacherSource):
     sample_every: int = 10_000  # steps between grids of samples; 0 is never
     sample_cfg: float = 1.0  # guidance scale of the grids; 1 is none
     compile: bool | None = None  # torch.compile the blocks; default: on GPUs
+    checkpoint_blocks: bool = False  # less memory: compute what is within each block twice, a third slower
     network: dict = field(default_factory=dict)  # the fields of the method's Config that are not as --model has them
 
     @property

@@ -90,6 +90,12 @@ def test_images_of_imagenets_validation_are_told_where_their_labels_are(tmp_path
     assert "LOC_val_solution.csv" in listing(tmp_path).notes[0]
 
 
+def test_numbers_as_names_are_said_to_count_by_their_letters(tmp_path):
+    found = listing(make(tmp_path / "many", [f"{i}/a.png" for i in range(12)]))
+    assert found.classes[:3] == ["0", "1", "10"] and "counted in the order 0, 1, 10, 11, 2, ..." in found.notes[0]
+    assert not listing(make(tmp_path / "few", [f"{i}/a.png" for i in range(10)])).notes
+
+
 def test_nothing_vanishes(tmp_path, monkeypatch, photos):
     assert {".jfif", ".pgm", ".avif", ".jp2", ".jpg", ".png", ".webp"} <= EXTENSIONS
     assert not {".h5", ".mpg", ".txt", ".pdf"} & EXTENSIONS  # which Pillow knows, and cannot decode

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 
 import irepa
@@ -100,6 +103,36 @@ def test_progress_is_the_same_noise_over_time(tmp_path):
         tiles = strip[y + 2 : y + 98, -600:].reshape(96, 6, 100, 3)[:, :, :96]  # two of each class
         for place, number in enumerate((0, 1, 8, 9, 16, 17)):
             assert np.array_equal(tiles[::6, place, ::6], drawn[step][number].permute(1, 2, 0).numpy())
+
+
+def test_names_in_any_letters(tmp_path, monkeypatch, capsys):
+    names, images = ["cat", "قطة", "кошка", "猫"], torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    fonts = [records.font_for(name) for name in names]
+    assert all("DejaVu" in font.getname()[0] for font in fonts[1:3])  # matplotlib brings it along
+    glyph = TTGlyphPen(None)
+    for corner, move in (((0, 0), glyph.moveTo), ((0, 700), glyph.lineTo), ((500, 700), glyph.lineTo)):
+        move(corner)
+    glyph.closePath()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "cat"])
+    font.setupCharacterMap({ord("猫"): "cat"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": glyph.glyph()})
+    font.setupHorizontalMetrics({".notdef": (500, 0), "cat": (500, 0)})
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable(dict(familyName="Cats", styleName="Regular"))
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "cats.ttf")
+    cats = font_manager.FontEntry(fname=str(tmp_path / "cats.ttf"), name="Cats", style="normal", weight=400)
+    for there, said in (([cats], ""), ([], "numbers in the grids: row 4: 猫")):
+        records.font_for.cache_clear()
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", there + [font_manager.FontEntry(fonts[1].path)])
+        for file in ("first.png", "second.png"):
+            records.save_grid(images, names, tmp_path / file)
+        error = capsys.readouterr().err
+        assert said in error and error.count("note") == (said != "")  # once
+        assert (records.font_for("猫") is None) == (said != "")
+    records.font_for.cache_clear()
 
 
 def test_one_class_trains_and_samples_and_guidance_has_nothing_to_guide(tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ import sample
 import train
 from inputs import images
 from inputs.images import ImageSet
-from irepa import Sampling
+from irepa import Attention, Sampling
 from plumbing import records
 from plumbing.files import lock
 from plumbing.jobs import open_job
@@ -78,7 +78,9 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     run(*again, "--steps", 6)  # the other settings come from the run
     said = capsys.readouterr().out
-    assert "changed for the steps to come: steps 3 -> 6\n" in said and "23 images in 2 classes to train on, 1 held" in said
+    assert (
+        "changed for the steps to come: steps 3 -> 6\n" in said and "23 images in 2 classes to train on, 1 held" in said
+    )
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "stopped"))
     for which in ("model", "ema"):
         assert same_weights(a[which], b[which])
@@ -300,6 +302,23 @@ def test_all_ranks_stop_after_the_same_step(photos, tmp_path):
     script.write_text(script.read_text().replace("signal.SIGTERM", "signal.SIGKILL"))
     codes, said = call(tmp_path, tmp_path, "signalled", "--resume", "--out", tmp_path / "run", world=2)
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, codes[1])  # a rank that dies leaves no other waiting
+
+
+@pytest.mark.parametrize("method,precision", [("irepa", "fp32"), ("irepa", "bf16"), ("meanflow", "fp32")])
+def test_checkpointed_blocks_compute_the_same_twice(photos, tmp_path, monkeypatch, method, precision):
+    forwards, forward = [], Attention.forward
+
+    def counted(attention, x):
+        forwards[-1] += torch.is_grad_enabled()
+        return forward(attention, x)
+
+    monkeypatch.setattr(Attention, "forward", counted)
+    for flag in ("--no-checkpoint-blocks", "--checkpoint-blocks"):
+        forwards.append(0)
+        how = ["--method", method, "--precision", precision, flag, "--sample-every", 0]
+        run(*RUN, "--data", photos, *how, "--out", tmp_path / flag)
+    assert same_weights(*(weights(tmp_path / flag) for flag in ("--no-checkpoint-blocks", "--checkpoint-blocks")))
+    assert forwards[1] == 2 * forwards[0] > 0
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
