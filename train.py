@@ -37,6 +37,7 @@ from plumbing.files import as_program, mistakes
 from plumbing.jobs import begin_log, finish, names_of, open_job, save
 from plumbing.processes import Stopped, compile_blocks, is_first, noted_signals, read_ahead, start_ranks
 from plumbing.records import Meter, append, plot, progress, save_grid, save_progress, to_uint8, warned
+from plumbing.trackers import Untracked
 from sample import generate
 
 # ---- The order of the data ----
@@ -235,9 +236,9 @@ def held_out_loss(unseen, learner):
     return (total[0] / total[1]).item()
 
 
-def draw(ema, learner, folder, step):
+def draw(ema, learner, folder, step, trackers=()):
     """A grid from the EMA: 8 images of each of the first 10 classes, always from the same noise, in few steps."""
-    job = learner.job
+    job, files = learner.job, {"samples": folder / f"step-{step:07d}.png"}
     names, how = job.data.classes[:10], job.method.Sampling()
     quick = dict(sampler="heun", steps=min(25, how.steps), cfg=job.run.sample_cfg)
     how = replace(how, **{k: v for k, v in quick.items() if hasattr(how, k)})
@@ -245,10 +246,13 @@ def draw(ema, learner, folder, step):
     with without_projector(ema):
         x = generate(ema, labels, range(len(labels)), 0, job.method.solve, how)
     latent = learner.decoder(ema)
-    save_grid(to_uint8(decode(latent.vae, x, latent.spec) if latent else x), names, folder / f"step-{step:07d}.png")
+    save_grid(to_uint8(decode(latent.vae, x, latent.spec) if latent else x), names, files["samples"])
     save_progress(folder, names, 8)
     for name, (images, rows) in learner.pictures().items():
-        save_grid(to_uint8(images), rows, folder / f"{name}-{step:07d}.png")
+        files[name] = folder / f"{name}-{step:07d}.png"
+        save_grid(to_uint8(images), rows, files[name])
+    for tracker, name in itertools.product(trackers, files):
+        tracker.picture(step, name, files[name])
 
 
 # ---- The loop ----
@@ -280,7 +284,7 @@ def train(job, signals):
     for i, chunk in list(enumerate(chunks))[ranks.rank :: ranks.world]:
         batch, part = to_device(job.device, job.data[chunk]), (i, len(chunks))
         unseen.append((part, learner.held_out(batch.images, batch.moments, part), batch.labels))
-    log = begin_log(job, networks, ranks, start, len(indices)) if first else None
+    log, trackers = begin_log(job, networks, ranks, start, len(indices)) if first else (None, [])
     done, stop, saved = start, False, True
     meter = Meter(start, seconds, ranks.world, lambda step: names_of(job.data, batch_at(step, indices, run, {})))
     target = Target(job.teacher, len(job.data), 0 if run.flip else run.token_memory * 2**30, ranks, job.device)
@@ -305,6 +309,8 @@ def train(job, signals):
                 row["held_out"] = held_out_loss(unseen, learner)
                 if first:
                     warned(lambda: append(log, row))
+                for tracker in trackers:
+                    tracker.row(row)
                 shown = "loss {loss:.4f} denoise {denoise:.4f} align {align:.4f} held-out {held_out:.4f}"
                 shown += " {images_per_s:.0f} img/s, teacher {teacher:.0%}"
                 bar.set_postfix_str(shown.format(**row))
@@ -315,7 +321,7 @@ def train(job, signals):
                 drawn = run.sample_every and (done % run.sample_every == 0 or last)
                 if drawn:
                     bar.set_description("drawing a grid of samples")
-                    warned(lambda: draw(averages["ema"], learner, out / "samples", done))
+                    warned(lambda: draw(averages["ema"], learner, out / "samples", done, trackers))
                     bar.set_description()
                 if (drawn or last) and log.stat().st_size:
                     warned(lambda: plot(out))
@@ -324,6 +330,8 @@ def train(job, signals):
     if first and stop and done > start and done % run.ckpt_every:
         with meter.paused():
             saved = save(learner, stored, done, meter)
+    for tracker in trackers:
+        tracker.close()
     ranks.part()
     finish(job, done, stop, saved, broken)
 
@@ -332,7 +340,7 @@ def main(argv=None):
     with mistakes("train.py"):
         job = open_job(argv, __doc__)
         folder_lock = hold_folder(Path(job.run.out), job.run.resume) if is_first() else nullcontext()
-    with folder_lock, noted_signals() as signals, mistakes("train.py", BrokenImage, FloatingPointError):
+    with folder_lock, noted_signals() as signals, mistakes("train.py", BrokenImage, FloatingPointError, Untracked):
         train(job, signals)
 
 

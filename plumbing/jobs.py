@@ -21,6 +21,7 @@ from plumbing.methods import Method
 from plumbing.processes import STOPPED, check_compile, device_name, fast_bf16, is_first, mixed, pick_device
 from plumbing.records import open_log, versions, warned
 from plumbing.settings import Run, network_config, resolve
+from plumbing.trackers import check_trackers, open_trackers
 
 
 class Job(NamedTuple):
@@ -65,6 +66,7 @@ def open_job(argv, description):
         same_settings(run, checkpoint)
     if run.data is None and not (run.demo or run.tokens or run.latents or Path(DATA).exists()):
         raise FileNotFoundError(f"{DATA} does not exist: name your images with --data, or try --demo, which needs none")
+    check_trackers(run)
     device = pick_device(run.device)
     check_compile(run.compile, device)
     latent = open_vae(run, device)
@@ -181,7 +183,7 @@ def scale_latents(run, spec, data, checkpoint):
 
 
 def begin_log(job, networks, ranks, start, training):
-    """Write the settings, say what begins -> the path of the log."""
+    """Write the settings, say what begins -> the path of the log, and the Trackers."""
     run, was = job.run, job.checkpoint
     record = dict(run.record(), **versions(), config=asdict(job.config), classes=job.data.classes)
     record.update(weights_sha256=getattr(job.data, "weights_sha256", None))  # of the teacher of a cache
@@ -205,7 +207,7 @@ def begin_log(job, networks, ranks, start, training):
     classes = f"{training} images in {many} class{'es' if many > 1 else ''} to train on"
     held = f"{len(job.data) - training} held out"
     print(f"{run.method} on {job.device}: {sizes}, {classes}, {held}, step {start} of {run.steps}")
-    return log
+    return log, open_trackers(run, record, start)
 
 
 def names_of(data, indices):

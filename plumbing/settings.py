@@ -74,6 +74,8 @@ class Run(VaeSource, TeacherSource):
     keep: int = 2  # newest checkpoints kept by number, step-N.pt, beside last.pt
     sample_every: int = 10_000  # steps between grids of samples; 0 is never
     sample_cfg: float = 1.0  # guidance scale of the grids; 1 is none
+    tensorboard: bool = False  # the log and the grids also in OUT/tensorboard; pip install tensorboard
+    wandb: str | None = None  # project of Weights & Biases that gets the log and the grids, too; pip install wandb
     compile: bool | None = None  # torch.compile the blocks; default: on GPUs
     checkpoint_blocks: bool = False  # less memory: compute what is within each block twice, a third slower
     network: dict = field(default_factory=dict)  # the fields of the method's Config that are not as --model has them
