@@ -125,8 +125,11 @@ class ImageSet:
     @functools.cached_property
     def digest(self):
         """Of the names of the files and their sizes in bytes: other images seldom have both the same."""
-        lines = "\n".join(f"{file} {size}" for file, size in zip(self.files, self.source.sizes()))
-        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+        digest, line = hashlib.sha256(), ""
+        for file, size in zip(self.files, self.source.sizes()):  # not all lines at once: they may be a million
+            digest.update(f"{line}{file} {size}".encode("utf-8", "surrogateescape"))
+            line = "\n"
+        return digest.hexdigest()
 
     def decode(self, i):
         """Image i -> uint8 [size, size, 3]. BrokenImage, with its name, if it cannot be read."""
