@@ -262,7 +262,7 @@ def test_speedups_and_intervals_of_known_curves():
         ("-- --gamma 0.3", "--gamma after --"),
         ("-- --init here", "--init after --"),
         ("--seeds -1", "--seeds are 0 or more"),
-        ("--sweep -- --depth 1", "encoder_depth 3 is not in 1..1"),
+        ("--sweep -- --depth 1", "--encoder-depth 3 is not in 1..1"),
         ("-- --patch 3", "unrecognized arguments"),
     ],
 )

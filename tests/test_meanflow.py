@@ -228,7 +228,7 @@ def test_a_run_overfits_stops_and_resumes(tmp_path, capsys):
         ("--sample-cfg 2", "--method meanflow has no --sample-cfg"),
         ("--kappa 1", "kappa lies in [0, 1)"),
         ("--share 2", "share lies in [0, 1]"),
-        ("--guidance-interval 0.8 0.4", "guidance_interval has LO <= HI"),
+        ("--guidance-interval 0.8 0.4", "--guidance-interval has LO <= HI"),
         ("--method irepa", "unrecognized arguments: --omega 1 --kappa 0 --align none"),
     ):
         assert message in refused(capsys, run, *flags, "--out", tmp_path / "x", *wrong.split())

@@ -220,7 +220,7 @@ def test_lpips_is_torchvisions_vgg_or_an_error(tmp_path, monkeypatch):
 def stopped(photos, tmp_path_factory):
     """A folder of runs, `straight` of 3 steps and `stopped` after 2 and resumed; what 2 steps left; what was drawn."""
     root, drawn, save_grid = tmp_path_factory.mktemp("repa_e"), {}, train.save_grid
-    flags = [*JOINT, "--data", photos, "--ema", 0.5, "--warmup", 2, "--sample-every"]
+    flags = [*JOINT, "--data", photos, "--ema", 0.5, "--no-ema-warmup", "--warmup", 2, "--sample-every"]
     run(*flags, 0, "--steps", 3, "--out", root / "straight")
 
     def watched(images, names, path):

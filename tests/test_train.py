@@ -29,7 +29,7 @@ from irepa import Attention, Sampling
 from plumbing import records
 from plumbing.files import lock
 from plumbing.jobs import open_job
-from plumbing.processes import Ranks
+from plumbing.processes import Noted, Ranks
 from tests.common import (
     HERE,
     RUN,
@@ -100,7 +100,8 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, monkeypatch, capsys):
 
 
 def test_a_second_average_is_kept_beside_the_first(photos, tmp_path, capsys):
-    flags = [*RUN, "--data", photos, "--sample-every", 0, "--ema", 0.5, "--ckpt-every", 1, "--keep", 4]
+    flags = [*RUN, "--data", photos, "--sample-every", 0, "--ema", 0.5, "--no-ema-warmup"]
+    flags += ["--ckpt-every", 1, "--keep", 4]
     run(*flags, "--ema2", 0.25, "--out", tmp_path / "two")
     run(*flags, "--out", tmp_path / "one")
     states = [torch.load(tmp_path / f"two/step-000000{n}.pt", weights_only=True) for n in range(1, 5)]
@@ -154,7 +155,7 @@ def test_flips_depend_on_seed_and_step_and_teacher_and_network_see_the_same(phot
     teacher.grid = teacher.dim = 1
     learner = train.Learner(job._replace(method=replace(job.method, loss=loss)), Ranks(), indices)
     target = train.Target(teacher, len(job.data), 0, Ranks(), job.device)
-    [(part, batch)] = train.fetch(train.feed(job, indices, 0, Ranks()), 1)[0]
+    [(part, batch)] = train.fetch(train.feed(job, indices, 0, Ranks()), 1, Noted())[0]
     learner.gradients(0, [(part, target(batch))])
     assert torch.equal(*shown) and torch.equal(shown[0], whole[0][1].float() / 127.5 - 1)
 
