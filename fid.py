@@ -308,7 +308,8 @@ class Files:
         """Image i as uint8 [3, H, W]. ValueError, with its name, where it cannot be read or has another size."""
         where = f"{self.name}/{self.files[i]}"
         try:
-            image = Image.open(self.zip().open(self.files[i]) if self.path.is_file() else self.path / self.files[i])
+            file = self.zip().open(self.files[i]) if self.path.is_file() else self.path / self.files[i]
+            image = Image.open(file)
             check(math.prod(image.size) <= PIXELS, f"{math.prod(image.size)} pixels are too many")
             image = to_rgb(image)
         except Exception as e:  # whatever PIL or zipfile raises, on purpose: the formats' readers raise anything

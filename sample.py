@@ -13,7 +13,6 @@ stopped goes on when it is started again: finished batches lie in NAME.parts unt
 
 import argparse
 import difflib
-import hashlib
 import itertools
 import json
 import math
@@ -31,7 +30,7 @@ from PIL import Image
 from inputs.vae import Latents, decode
 from irepa import Sampling, guided, randn, sample_ode, sample_sde, solve, stream
 from plumbing.checkpoints import export_average, find_vae, load_checkpoint, open_checkpoint
-from plumbing.files import as_program, hold_unfinished, mistakes, write_text, write_whole
+from plumbing.files import as_program, free_at, hold_unfinished, mistakes, sha256_of, write_text, write_whole
 from plumbing.flags import add_flags, make_parser
 from plumbing.methods import Method, method_named
 from plumbing.processes import check_compile, compile_blocks, device_name, is_first, pick_device, start_ranks
@@ -101,22 +100,27 @@ def choose_labels(wanted, indices, num_classes, seed):
         return torch.tensor([int(torch.randint(num_classes, (), generator=generator)) for generator in streams])
     if wanted == "balanced":
         return torch.tensor([i % num_classes for i in indices])
-    labels = [int(part) for part in wanted.split(",")]
+    try:
+        labels = [int(part) for part in wanted.split(",")]
+    except ValueError:
+        raise ValueError(f"--labels {wanted}: write random, balanced, or numbers such as 3,7") from None
     if not all(0 <= label <= num_classes for label in labels):
         raise ValueError(f"--labels {wanted}: classes are 0 to {num_classes - 1}, and {num_classes} for none")
     return torch.tensor([labels[i % len(labels)] for i in indices])
 
 
-def numbered(wanted, classes):
+def by_number(wanted, classes):
     """--labels with numbers in the place of names of classes. ValueError for a name of none."""
-    parts = [wanted] if wanted in classes else wanted.split(",")
-    numbers = {name: str(i) for i, name in enumerate(classes)}
-    for part in [] if wanted in ("random", "balanced") else parts:
-        if not part.strip().isdigit() and part not in numbers:
+    if wanted in ("random", "balanced"):
+        return wanted
+    numbers = {name: str(i) for i, name in enumerate(classes) if not name.strip().isdigit()}  # a number is no name
+    parts = [wanted] if wanted in numbers else wanted.split(",")
+    for part in parts:
+        if part not in numbers and not part.strip().isdigit():
             near = ", ".join(difflib.get_close_matches(part, classes, 3) or classes[:3])
             hint = f"random, balanced, numbers such as 3,7, or names{': ' if near else ''}{near}"
             raise ValueError(f"--labels {wanted}: {part!r} is no class of this checkpoint; write {hint}")
-    return ",".join(part if part.strip().isdigit() else numbers.get(part, part) for part in parts)
+    return ",".join(numbers.get(part, part) for part in parts)
 
 
 # ---- What is asked for ----
@@ -160,10 +164,9 @@ def read_flags(argv):
         raise ValueError("--npz, --out-dir or --export: one of them")
     if (asked.npz or asked.out_dir) and not asked.num:
         raise ValueError("say how many images: --num 50000 for a reported FID")
-    asked.labels = numbered(asked.labels, file.get("classes") or [])
+    asked.labels = by_number(asked.labels, file.get("classes") or [])
     choose_labels(asked.labels, [0], model.config.num_classes, asked.seed)
     device = pick_device(asked.device)
-    check_compile(asked.compile, device)
     asked.batch_size = asked.batch_size or (256 if device.type == "cuda" else 64)
     return asked, Opened(model.to(device), method, how, file, device)
 
@@ -191,10 +194,10 @@ def plan_grid(asked, opened):
 def refuse_full(asked, opened):
     """ValueError where the pixels that are asked for are more than the disk has room for."""
     size = opened.model.config.input_size * (opened.latent.spec["factor"] if opened.latent else 1)
-    out = Path(asked.npz or asked.out_dir or asked.ckpt).absolute()
-    need, folder = 3 * size**2 * (asked.num or 0), next(path for path in out.parents if path.is_dir())
-    if need > (free := shutil.disk_usage(folder).free):
-        raise ValueError(f"{asked.num} images take {need / 1e9:.0f} GB, and {folder} has {free / 1e9:.0f} GB left")
+    out = asked.npz or asked.out_dir or asked.ckpt
+    need, free = 3 * size**2 * (asked.num or 0) / 1e9, free_at(out) / 1e9
+    if need > free:
+        raise ValueError(f"{asked.num} images take {need:.0f} GB, and the disk of {out} has {free:.0f} GB left")
 
 
 def json_beside(target):
@@ -280,9 +283,10 @@ def main(argv=None):
     with mistakes("sample.py"):
         asked, opened = read_flags(argv)
         if asked.export:
-            export_average(asked.ckpt, asked.ema, asked.released, asked.export)
+            export_average(asked.ckpt, opened.file, asked.ema, asked.released, asked.export)
             print(f"{asked.export}: the average of {asked.ckpt}; --ckpt and --init take it")
             return
+        check_compile(asked.compile, opened.device)
         opened = opened._replace(latent=find_vae(asked, opened))
         target, rows = Path(asked.npz or asked.out_dir or ""), None
         refuse_full(asked, opened)
@@ -293,10 +297,8 @@ def main(argv=None):
         for out in (target, *([] if unfinished.exists() else [json_beside(target)])):
             if out.exists():
                 raise ValueError(f"{out} exists and is left as it is; choose another name")
-        with open(asked.ckpt, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
         record = {**asdict(asked), **asdict(opened.how), "config": asdict(opened.model.config)}
-        record.update(step=opened.file.get("step", opened.file.get("steps")), checkpoint_sha256=digest)
+        record.update(step=opened.file.get("step", opened.file.get("steps")), checkpoint_sha256=sha256_of(asked.ckpt))
         record.update(latent=opened.latent and opened.latent.spec)
         # one process looks: another may already have begun to write
         folder_lock = (

@@ -236,7 +236,7 @@ def held_out_loss(unseen, learner):
     return (total[0] / total[1]).item()
 
 
-def draw(ema, learner, folder, step, trackers=()):
+def draw(ema, learner, folder, step, trackers):
     """A grid from the EMA: 8 images of each of the first 10 classes, always from the same noise, in few steps."""
     job, files = learner.job, {"samples": folder / f"step-{step:07d}.png"}
     names, how = job.data.classes[:10], job.method.Sampling()

@@ -23,7 +23,6 @@ OUT holds results.json (all curves), table.md, curves.png, samples.png (the arms
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import subprocess
@@ -45,7 +44,7 @@ from inputs.teachers import load_encoder
 from inputs.tokens import Tokens, weights_sha256
 from plumbing import jobs
 from plumbing.checkpoints import read_checkpoint
-from plumbing.files import as_program, lock, mistakes, write_text, write_whole
+from plumbing.files import as_program, lock, mistakes, sha256_of, write_text, write_whole
 from plumbing.flags import make_parser
 from plumbing.processes import fast_bf16, pick_device
 from plumbing.records import rows_of
@@ -109,8 +108,7 @@ OURS = "method align projector gamma data demo encoder encoder-weights tokens se
 def sha256(path):
     if path in (None, "random"):
         return path
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()  # teachers are too large to read whole
+    return sha256_of(path)
 
 
 @torch.no_grad()

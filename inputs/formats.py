@@ -209,8 +209,7 @@ def left_out(names):
     images, others, hidden = [], Counter(), functools.cache(in_system)
     for name in names:
         folder, _, file = name.rpartition("/")
-        stem, dot, kind = file.rpartition(".")
-        extension = dot + kind if stem else ""
+        extension = os.path.splitext(file)[1]
         if hidden(folder) or is_system(file):
             others["hidden or the system's own"] += 1
         elif extension.lower() in EXTENSIONS:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -26,8 +27,7 @@ def by_folder(path, images, folders):
 
     folders are all there are, also those without images. ValueError where it is not clear.
     """
-    known = {}  # one string for all images of a folder
-    of_image = [known.setdefault(folder, folder) for folder in (name.rpartition("/")[0] for name in images)]
+    of_image = [sys.intern(os.path.dirname(name)) for name in images]  # one string for all images of a folder
     flat = all(re.match("ILSVRC2012_(val|test)", os.path.basename(name)) for name in images) and len(set(of_image)) == 1
     notes = ["ImageNet's labels of these lie in LOC_val_solution.csv: to use them, make class folders"] if flat else []
     if not any(of_image):

@@ -12,7 +12,6 @@ timm:<id>, any network that timm makes maps of; NAME@N picks the N-th of these, 
 import difflib
 import pkgutil
 import re
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from inputs.encoders import ENCODERS, Encoder, list_encoders, package_of, weight
 from inputs.foreign import build_webssl, fit, lite_names, mocov3_names, read_weights, timm_names, webssl_names
 from inputs.images import DATA, ImageSet, Source
 from inputs.tokens import Tokens, folder_of, write_tokens
-from plumbing.files import as_program, mistakes, one_line, reach_hub
+from plumbing.files import as_program, downloaded, free_at, mistakes, one_line
 from plumbing.flags import add_flags, make_parser
 from plumbing.processes import fast_bf16, is_first, pick_device, start_ranks
 
@@ -193,16 +192,6 @@ def package_file(name):
     return next(Path(module.__file__).parent.glob("models/*.pth"))
 
 
-def in_cache(timm_id):
-    """Whether the hub's file of a network of timm has been downloaded before, or there is none."""
-    from huggingface_hub import try_to_load_from_cache
-    from timm.models import get_pretrained_cfg
-
-    hub = getattr(get_pretrained_cfg(timm_id), "hf_hub_id", None)
-    names = "model.safetensors", "pytorch_model.bin"
-    return not hub or any(isinstance(try_to_load_from_cache(hub, name), str) for name in names)
-
-
 def seeded(make):
     """make(), its random weights always the same, and no other draws disturbed."""
     with torch.random.fork_rng(devices=[]):
@@ -239,6 +228,8 @@ class Teacher(nn.Module):
 
     def load(self, name, base, weights):
         """The network with its weights. ValueError where it does not take the size, or cannot have the weights."""
+        import timm
+
         entry = self.entry
         own = "/" in entry.timm_id  # not in timm's list: built and converted here
 
@@ -278,8 +269,9 @@ class Teacher(nn.Module):
                 self.refused(name, f"cannot be built for images of {self.side} px ({one_line(e)[:200]})")
             ) from e
         try:
-            if weights is None and not in_cache(entry.timm_id):
-                reach_hub()
+            repo = getattr(timm.models.get_pretrained_cfg(entry.timm_id), "hf_hub_id", None)
+            if weights is None and repo:
+                downloaded(repo, "model.safetensors", "pytorch_model.bin")
             return seeded(lambda: build(entry.timm_id, self.grid, self.side, fill, pretrained=weights is None))
         except (OSError, RuntimeError) as e:  # of the network and of the hub
             raise ValueError(f"{name} cannot be downloaded ({one_line(e)[:300]}): {fetch}") from e
@@ -402,7 +394,7 @@ def refuse_full_disk(asked, entries, count):
     for name, entry in entries.items():
         there = sum(file.stat().st_size for file in folder_of(out, name).glob("tokens-*.npy"))
         needed += max(0, 2 * count * asked.grid**2 * (entry or DRAWN[name]).dim - there)
-    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    free = free_at(out)
     said = f"{needed / 1e9:.3g} GB of tokens are to be written to {out}, where {free / 1e9:.3g} GB are free"
     if needed > free:
         raise ValueError(f"{said}: make room, or name another --out")

@@ -14,15 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from plumbing.files import one_line, reach_hub, read_pt
+from plumbing.files import downloaded, one_line, read_pt
 from plumbing.processes import is_first
 
 VAES = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-mse", "sd-vae-ft-ema")}
 FITS, SCALE = ("sha256", "channels", "factor"), ("scale", "bias")
 SPEC = ("vae", *FITS, *SCALE)
-WEIGHTS = "diffusion_pytorch_model.safetensors"  # of a VAE on the hub
 # the architecture of both, for files that hold tensors only
 SD_VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4,
@@ -54,7 +52,6 @@ def load_vae(name, weights=None, device="cpu", bf16=False):
     """
     try:
         from diffusers import AutoencoderKL  # late: four seconds that pixels need not wait for
-        from huggingface_hub import try_to_load_from_cache
     except ImportError as e:
         raise ValueError(f"--vae {name} takes diffusers: pip install diffusers ({e})") from e
     if name not in (*VAES, "tiny") and not os.path.exists(name):
@@ -78,9 +75,7 @@ def load_vae(name, weights=None, device="cpu", bf16=False):
             missing = [k for k, v in vae.state_dict().items() if fingerprint(v) not in found]
         else:
             source, variant = (VAES[name], None) if name in VAES else folder_of(name)
-            here = name not in VAES or isinstance(try_to_load_from_cache(source, WEIGHTS), str)
-            if not here:
-                reach_hub()
+            here = name not in VAES or downloaded(source, "diffusion_pytorch_model.safetensors")
             vae, info = AutoencoderKL.from_pretrained(
                 source, variant=variant, local_files_only=here, low_cpu_mem_usage=False, output_loading_info=True
             )
@@ -138,8 +133,6 @@ def own_scale(config):
 
 def tensors(path):
     """Every tensor in a .pt or .safetensors file, at any depth of its dicts."""
-    if str(path).endswith(".safetensors"):
-        return list(load_file(path).values())
     stack, out = [read_pt(path)], []
     while stack:
         item = stack.pop()

@@ -1,6 +1,5 @@
 """Checkpoints in and out: this project's own, and those that plumbing/released.py knows."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from inputs.vae import SCALE, SPEC, Latents, load_vae, read_stats, same_spec
-from plumbing.files import OURS, lock, one_line, read_pt, write_whole
+from plumbing.files import OURS, lock, one_line, read_pt, sha256_of, write_whole
 from plumbing.processes import is_first
 from plumbing.released import recognised, weights_of
 
@@ -183,25 +182,21 @@ def find_vae(asked, opened):
     return Latents(vae, found)
 
 
-def export_average(path, ema, released, target):
-    """Write the average of a checkpoint alone to `target`, .safetensors, with what sampling and --init ask of a file.
-
-    The rest lies in its metadata, as JSON. FileExistsError or ValueError where it cannot be.
+def export_average(path, data, ema, released, target):
+    """Write the average in a checkpoint's dict alone to `target`, .safetensors, with what sampling and --init ask of a
+    file in its metadata, as JSON. path: the checkpoint's. FileExistsError or ValueError where it cannot be.
     """
     if not str(target).endswith(".safetensors"):
         raise ValueError(f"--export {target}: the name must end in .safetensors")
     if Path(target).exists():
         raise FileExistsError(f"{target} exists and is left as it is; choose another name")
-    data = read_checkpoint(path)
     method, config, weights = understood(path, data, ema, released)
     tensors = {f"ema.{name}": tensor for name, tensor in weights.items()}
     if method.stored_vae:
         tensors.update({f"vae.{name}": tensor for name, tensor in data.get("vae", {}).items()})
-    facts = {key: data[key] for key in ("classes", "latent", "vae_config", "step", "steps") if key in data}
-    with open(path, "rb") as f:
-        facts.update(checkpoint_sha256=hashlib.file_digest(f, "sha256").hexdigest())
+    facts = {key: data[key] for key in ("latent", "vae_config", "step", "steps") if key in data}
     settings = {**(data.get("settings") or {}), "method": method.name}
-    facts.update(config=config, settings=settings, classes=data.get("classes") or [])
+    facts.update(config=config, settings=settings, classes=data.get("classes") or [], checkpoint_sha256=sha256_of(path))
     metadata = {OURS: json.dumps(facts), "format": "pt"}
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # none may share its memory
     write_whole(target, lambda f: f.write(save(tensors, metadata)))

@@ -1,10 +1,12 @@
 """Files that are whole or not there, folders that one process holds, tensors read without executing anything."""
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import time
 import zipfile
@@ -110,15 +112,32 @@ def hold_unfinished(folder, record, leave_out):
     return held
 
 
-def reach_hub():
-    """OSError, at once, where the Hugging Face hub cannot be reached: its own library tries for a minute."""
-    from huggingface_hub import constants, utils  # late: of what is downloaded alone
+def free_at(path):
+    """Bytes that are free on the disk where `path` lies, or will."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.is_dir())).free
 
+
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()  # a piece at a time: some have tens of gigabytes
+
+
+def downloaded(repo, *names):
+    """Whether one of these files of a repository of the Hugging Face hub has been downloaded before.
+
+    OSError, at once, where none has and the hub cannot be reached: its own library tries for a minute.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache, utils  # late: of what is downloaded alone
+
+    if any(isinstance(try_to_load_from_cache(repo, name), str) for name in names):
+        return True
     if not constants.HF_HUB_OFFLINE:
         try:
             utils.get_session().head(constants.ENDPOINT, timeout=20)
         except Exception as e:  # the library beneath it, and its errors, change with the version
             raise OSError(f"{constants.ENDPOINT} cannot be reached: {one_line(e)[:200]}") from e
+    return False
 
 
 def read_safetensors(path):

@@ -197,9 +197,10 @@ def begin_log(job, networks, ranks, start, training):
             f"resumed on {ranks.world} processes x {run.accumulate} parts, saved on {was.get('processes', 1)} x"
             f" {was['settings']['accumulate']}: the same batches and noise, equal to float rounding"
         )
-    changed = {k: v for k, v in run.record().items() if was["settings"].get(k, v) != v} if was else {}
-    if told := [f"{k} {was['settings'][k]} -> {v}" for k, v in changed.items() if k not in ("out", "resume")]:
-        print(f"changed for the steps to come: {', '.join(told)}")
+    before = {k: v for k, v in was["settings"].items() if k not in ("out", "resume")} if was else {}
+    changed = [f"{k} {before[k]} -> {v}" for k, v in run.record().items() if before.get(k, v) != v]
+    if changed:
+        print(f"changed for the steps to come: {', '.join(changed)}")
     if run.batch_size > training:
         print(f"note: a batch of {run.batch_size} has each of the {training} images more than once (--batch-size)")
     sizes = ", ".join(f"{v / 1e6:.1f}M {k.replace('_', ' of ')}" for k, v in record.items() if "parameters" in k)
