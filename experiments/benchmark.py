@@ -31,7 +31,7 @@ from inputs.shards import Shards
 from irepa import Config, Sampling, SiT
 from plumbing.files import as_program, mistakes, write_text
 from plumbing.flags import make_parser
-from plumbing.processes import compile_blocks, compiles, device_name, pick_device
+from plumbing.processes import compile_blocks, device_name, pick_device, settle_compile
 from sample import generate
 
 
@@ -274,7 +274,7 @@ def main(argv=None):
         if args.what not in ("data", "fid"):
             [Config.named(name) for name in args.models]  # all are known before the first is measured
         device = pick_device(args.device)
-        args.compile = compiles(args.compile, device)
+        args.compile = settle_compile(args.compile, device)
         result = dict(what=args.what, settings=vars(args), rows=calls[args.what](args, device))
         result.update(device=device_name(device), torch=str(torch.__version__), threads=torch.get_num_threads())
         print(f"\n{result['device']}, torch {result['torch']}, {result['threads']} threads")

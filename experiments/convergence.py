@@ -46,7 +46,7 @@ from plumbing import jobs
 from plumbing.checkpoints import read_checkpoint
 from plumbing.files import as_program, lock, mistakes, sha256_of, write_text, write_whole
 from plumbing.flags import make_parser
-from plumbing.processes import fast_bf16, pick_device
+from plumbing.processes import fast_bf16, pick_device, settle_compile
 from plumbing.records import rows_of
 from plumbing.settings import network_config, resolve
 
@@ -290,7 +290,9 @@ def settle(args, extra, own=(), flags=(), place=(), arms=((),)):
     found = [resolve([*args.flags, *args.place, *arm, "--out", f"{args.out}/none"]) for arm in arms]
     configs = [network_config(run, method) for run, method, _ in found]  # before anything slow
     run = found[0][0]
-    args.decoder = ["--device", args.device]
+    compiled = settle_compile(run.compile, pick_device(args.device), run.steps)  # not by the length of a leg
+    args.place += ["--compile" if compiled else "--no-compile"]
+    args.decoder = ["--device", args.device, args.place[-1]]
     for name in ("vae", "vae_weights"):
         if getattr(run, name) is not None:
             args.decoder += [f"--{name.replace('_', '-')}", getattr(run, name)]

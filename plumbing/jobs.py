@@ -18,7 +18,7 @@ from irepa import draws, stream
 from plumbing.checkpoints import initial_weights, refuse_used, same_run, same_settings, save_checkpoint
 from plumbing.files import one_line, shown
 from plumbing.methods import Method
-from plumbing.processes import STOPPED, check_compile, device_name, fast_bf16, is_first, mixed, pick_device
+from plumbing.processes import STOPPED, device_name, fast_bf16, is_first, mixed, pick_device, settle_compile
 from plumbing.records import open_log, versions, warned
 from plumbing.settings import Run, network_config, resolve
 from plumbing.trackers import check_trackers, open_trackers
@@ -68,7 +68,7 @@ def open_job(argv, description):
         raise FileNotFoundError(f"{DATA} does not exist: name your images with --data, or try --demo, which needs none")
     check_trackers(run)
     device = pick_device(run.device)
-    check_compile(run.compile, device)
+    run.compile = settle_compile(run.compile, device, run.steps)
     latent = open_vae(run, device)
     spec = latent.spec if latent else None
     shape = network_config(run, method, spec)

@@ -28,7 +28,7 @@ FACTS = "git_commit torch numpy python config classes hardware world_size bf16 i
 DEMO = dict(
     image_size=32, model="SiT-S/4", hidden_size=192, depth=4, num_heads=3, encoder_depth=2, batch_size=32, steps=1800,
     lr=2e-3, warmup=100, lr_schedule="cosine", ema=0.998, log_every=50, sample_every=600,
-    ckpt_every=600, sample_cfg=3.0,
+    ckpt_every=600, sample_cfg=3.0, compile=False,
 )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ class Run(VaeSource, TeacherSource):
     sample_cfg: float = 1.0  # guidance scale of the grids; 1 is none
     tensorboard: bool = False  # the log and the grids also in OUT/tensorboard; pip install tensorboard
     wandb: str | None = None  # project of Weights & Biases that gets the log and the grids, too; pip install wandb
-    compile: bool | None = None  # torch.compile the blocks; default: on GPUs
+    compile: bool | None = None  # torch.compile the blocks; default: on GPUs, and on CPUs from 1,000 steps on
     checkpoint_blocks: bool = False  # less memory: compute what is within each block twice, a third slower
     network: dict = field(default_factory=dict)  # the fields of the method's Config that are not as --model has them
 

@@ -10,6 +10,7 @@ from inputs.teachers import load_encoder
 from inputs.vae import load_vae
 from plumbing.flags import comments_of
 from plumbing.methods import method_named, method_names
+from plumbing.processes import settle_compile
 from plumbing.settings import FOUND, Run, network_config, resolve
 from tests.common import RUN, refused, run, settings
 
@@ -124,6 +125,21 @@ def test_what_the_surroundings_lack_is_said_before_a_run(photos, tmp_path, monke
     monkeypatch.setenv("RANK", "0")
     said = refused(capsys, run, *flags)
     assert "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start it with torchrun" in said
+
+
+def test_blocks_are_compiled_where_it_pays(monkeypatch, capsys):
+    cpu, asked = torch.device("cpu"), []
+    monkeypatch.setattr(torch, "compile", lambda f: asked.append(f) or f)
+    assert settle_compile(None, cpu, 1000) is settle_compile(True, cpu, 1) is True and len(asked) == 2
+    assert settle_compile(None, cpu, 999) is settle_compile(False, cpu, 10**6) is False and len(asked) == 2
+
+    def broken(function):
+        raise RuntimeError("no compiler\nadvice")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert settle_compile(None, cpu, 1000) is False  # nobody asked for it
+    assert capsys.readouterr().out.endswith("which would save a quarter of the time: no compiler\n")
+    assert settings("--demo").compile is False  # its first step should not wait
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path, monkeypatch, capsys):
