@@ -2,14 +2,16 @@
 
 import copy
 import functools
+import multiprocessing
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from experiments.rivals import Step, random_teacher, table, windows
 from irepa import Sampling, irepa_loss
-from plumbing.files import one_line
+from plumbing.files import mistakes, one_line
 from plumbing.processes import compile_blocks, fast_bf16
 from sample import generate
 
@@ -89,6 +91,54 @@ def same_losses(name, ours, theirs):
     assert all(abs(a - b) < 1e-4 * max(1, abs(a)) for a, b in pairs)
 
 
+def theirs_apart(connection, name, args, device):
+    """What a process of theirs does: make the rivals, say so, and call the one that it is asked for."""
+    ours = our_step(name, args, device, compiled=False)
+    with mistakes("experiments.benchmark"):
+        theirs = Theirs(args.release, name, ours)
+    same_losses(name, ours, theirs)
+    noise = torch.randn(args.batch_size, 4, 32, 32, device=device)
+    calls = {"theirs": theirs.stepper(False), "theirs, compiled": theirs.stepper(True)}
+    calls["sampling"] = functools.partial(theirs.samples, noise, args.steps)
+    connection.send(None)
+    while True:
+        asked = connection.recv()
+        torch.set_float32_matmul_precision("high" if asked == "sampling" else "highest")  # as both do
+        connection.send(calls[asked]())
+
+
+@contextmanager
+def theirs_of(name, args, device):
+    """-> {rival: callable}, in a process of its own: how we use memory (keep_memory) would help theirs too."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=theirs_apart, args=(there, name, args, device), daemon=True)
+    process.start()
+    there.close()  # so that a process that fails is no end of waiting
+
+    def ask(what):
+        here.send(what)
+        return here.recv()
+
+    try:
+        here.recv()
+        yield {what: functools.partial(ask, what) for what in ("theirs", "theirs, compiled", "sampling")}
+    except EOFError:  # it has said why
+        raise SystemExit(2) from None
+    finally:
+        process.kill()
+
+
+def our_step(name, args, device, compiled):
+    """A Step of ours, the same weights in each process. A new model's gates are 0: nothing to compare."""
+    teacher = random_teacher(args.encoders[0], device)
+    ours = Step(name, args, device, teacher, teacher.dim, compiled)
+    with torch.no_grad():
+        for p in ours.opt.param_groups[0]["params"]:
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=0.02)
+    return ours
+
+
 def eager(call):
     """The same without anything compiled."""
 
@@ -110,39 +160,38 @@ def add_rows(rows, name, what, seconds, pairs, args):
 
 def official(args, device):
     """Their network, loss, spatial norm and sampler in the loop that they train with, on our weights and teacher."""
-    (encoder,) = args.encoders
-    teacher, rows = random_teacher(encoder, device), []
+    rows = []
     for name in args.models:
-        ours = Step(name, args, device, teacher, teacher.dim, args.compile)
-        with torch.no_grad():  # a new model's gates are 0: nothing to compare
-            for p in ours.opt.param_groups[0]["params"]:
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(device), alpha=0.02)
-        theirs = Theirs(args.release, name, ours)
-        same_losses(name, ours, theirs)
-        rivals = {"theirs": theirs.stepper(False), "theirs, compiled": theirs.stepper(True), "ours": eager(ours)}
-        if args.compile:
-            rivals["ours, compiled"] = ours
-        pairs = [("theirs", "ours"), ("theirs, compiled", "ours"), ("theirs, compiled", "ours, compiled")]
-        add_rows(rows, name, "training step", windows(rivals, args.windows, device), pairs, args)
+        with theirs_of(name, args, device) as theirs:
+            rows += rivalry(name, theirs, args, device)
+    table(f"the official release, batch {args.batch_size}, {args.encoders[0]}, sampling in {args.steps} steps", rows)
+    return rows
 
-        noise = torch.randn(args.batch_size, 4, 32, 32, device=device)
-        sampled = copy.deepcopy(ours.ema)
-        sampled.projectors = torch.nn.ModuleList()  # sample.py loads none
-        compile_blocks(sampled, args.compile)
-        torch.set_float32_matmul_precision("high")  # as both do
 
-        def our_samples(bf16):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                x = generate(sampled, ours.y.cpu(), range(len(ours.y)), how=Sampling(steps=args.steps))
-            return x.sum().item()
+def rivalry(name, theirs, args, device):
+    """The rows of one model."""
+    rows, ours = [], our_step(name, args, device, args.compile)
+    rivals = {what: theirs[what] for what in ("theirs", "theirs, compiled")} | {"ours": eager(ours)}
+    if args.compile:
+        rivals["ours, compiled"] = ours
+    pairs = [("theirs", "ours"), ("theirs, compiled", "ours"), ("theirs, compiled", "ours, compiled")]
+    add_rows(rows, name, "training step", windows(rivals, args.windows, device), pairs, args)
 
-        default, bf16 = (functools.partial(our_samples, bf16) for bf16 in (False, True))
-        rivals = {"theirs": functools.partial(theirs.samples, noise, args.steps)}
-        rivals.update({"ours": eager(default), "ours, bf16": eager(bf16)})
-        if args.compile:
-            rivals.update({"ours, compiled": default, "ours, compiled, bf16": bf16})
-        pairs = [("theirs", what) for what in ("ours", "ours, bf16", "ours, compiled", "ours, compiled, bf16")]
-        add_rows(rows, name, "sampling, SDE", windows(rivals, args.windows, device), pairs, args)
-        torch.set_float32_matmul_precision("highest")
-    table(f"the official release, batch {args.batch_size}, {encoder}, sampling in {args.steps} steps", rows)
+    sampled = copy.deepcopy(ours.ema)
+    sampled.projectors = torch.nn.ModuleList()  # sample.py loads none
+    compile_blocks(sampled, args.compile)
+    torch.set_float32_matmul_precision("high")  # as sample.py does
+
+    def our_samples(bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x = generate(sampled, ours.y.cpu(), range(len(ours.y)), how=Sampling(steps=args.steps))
+        return x.sum().item()
+
+    default, bf16 = (functools.partial(our_samples, bf16) for bf16 in (False, True))
+    rivals = {"theirs": theirs["sampling"], "ours": eager(default), "ours, bf16": eager(bf16)}
+    if args.compile:
+        rivals.update({"ours, compiled": default, "ours, compiled, bf16": bf16})
+    pairs = [("theirs", what) for what in rivals if what != "theirs"]
+    add_rows(rows, name, "sampling, SDE", windows(rivals, args.windows, device), pairs, args)
+    torch.set_float32_matmul_precision("highest")
     return rows

@@ -1,9 +1,11 @@
 """The machine: devices, processes of one run, precision, signals."""
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import NamedTuple
@@ -37,7 +39,18 @@ def pick_device(name):
         raise ValueError(f"--device {name} cannot be used here: {one_line(e)}") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_memory()
     return device
+
+
+def keep_memory():
+    """Let glibc keep what is freed for the tensors to come. It would give large ones back to the kernel at once and get
+    them again, zeroed page by page, in each step: a tenth of its time, a sixth where nothing is compiled."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # not in musl
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: none lies outside the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 def device_name(device):
