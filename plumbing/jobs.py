@@ -18,6 +18,7 @@ from irepa import draws, stream
 from plumbing.checkpoints import initial_weights, refuse_used, same_run, same_settings, save_checkpoint
 from plumbing.files import one_line, shown
 from plumbing.methods import Method
+from plumbing.plan import plan
 from plumbing.processes import STOPPED, device_name, fast_bf16, is_first, mixed, pick_device, settle_compile
 from plumbing.records import open_log, versions, warned
 from plumbing.settings import Run, network_config, resolve
@@ -56,6 +57,8 @@ class Job(NamedTuple):
 def open_job(argv, description):
     """Flags -> Job. ValueError or OSError in a sentence where something is wrong or does not fit."""
     run, method, checkpoint = resolve(argv, description)
+    if run.plan:
+        raise SystemExit(print(plan(run, method)) if is_first() else None)
     if is_first() and not run.resume:
         refuse_used(Path(run.out))
     if run.vae is None or run.vae in VAES:

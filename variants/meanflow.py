@@ -145,8 +145,8 @@ def draw_times(normals, first, config):
     batch of any size has some, their number is known without waiting for a GPU, and parts of a batch are as the whole.
     """
     t, r = torch.sigmoid(config.time_mean + config.time_std * normals).sort(dim=1, descending=True)[0].unbind(1)
-    places = torch.arange(first, first + len(t) + 1, dtype=torch.float64)
-    rows = (places * config.share).ceil().diff().nonzero()[:, 0].to(t.device)
+    before = [math.ceil((first + i) * config.share) for i in range(len(t) + 1)]
+    rows = torch.tensor([i for i in range(len(t)) if before[i] < before[i + 1]], dtype=torch.int64, device=t.device)
     mean_rows = torch.zeros_like(t, dtype=torch.bool).index_fill(0, rows, True)
     return t, torch.where(mean_rows, r, t), rows
 
