@@ -105,9 +105,10 @@ def open_job(argv, description):
     elif run.init:
         initial, latent = start_from(run, method, config, data, latent, device)
     if is_first():
-        for sentence in [images, *said] if not run.demo else said:
+        drawn = isinstance(images, Shapes)
+        for sentence in said if drawn else [images, *said]:
             print(sentence)
-        for broken in [] if run.demo else images.broken:
+        for broken in [] if drawn else images.broken:
             print(f"another image stands in: {broken}")
         if run.tokens and not shape.projector:
             print(f"note: --method {run.method} has no teacher, so that --tokens is not read")
@@ -118,7 +119,7 @@ def open_job(argv, description):
 
 def open_images(run, tokens, aligned):
     """The images or labels of --data; where nobody opens an image and --data is left out, what a cache has of them."""
-    if run.demo:
+    if run.demo and not run.data:
         return Shapes(run.image_size, 10_000)
     needed = not run.latents or (aligned and not tokens)
     if run.data is None and not needed:

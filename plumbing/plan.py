@@ -134,7 +134,7 @@ def plan(run, method):
     grid = shape.input_size // shape.patch_size
     encoder = run.encoder if shape.projector else None
     parameters, of_teacher, width = count_teacher(encoder, grid, run.cls_weight) if encoder else (0, 0, 1)
-    classes = 10 if run.demo else 1000
+    classes = 10 if run.demo and not run.data else 1000
     config = network_config(run, method, spec, classes, width)
     sizes, plain, flop = count_step(run, method, config, size, gpu, False)
     _, kept, _ = count_step(run, method, config, size, gpu, True)

@@ -24,7 +24,7 @@ FOUND = ("input_size", "in_channels", "num_classes", "encoder_dim")
 # of a run's config.json, what is no setting
 FACTS = "git_commit torch numpy python config classes hardware world_size bf16 images parameters weights_sha256".split()
 
-# --demo; drawn shapes take the place of --data
+# --demo, on drawn shapes where there is no --data
 DEMO = dict(
     image_size=32, model="SiT-S/4", hidden_size=192, depth=4, num_heads=3, encoder_depth=2, batch_size=32, steps=1800,
     lr=2e-3, warmup=100, lr_schedule="cosine", ema=0.998, log_every=50, sample_every=600,
@@ -46,7 +46,7 @@ class Run(VaeSource, TeacherSource):
     tokens: str | None = None  # folder with the encoder's tokens, of python -m inputs.teachers: no teacher is built
     token_memory: float = 2.0  # GiB: where the tokens of all images take no more, each is computed once a run
     # data
-    demo: bool = False  # a preset: drawn shapes and a small model, minutes on two CPU cores
+    demo: bool = False  # a preset: a small model, minutes on two CPU cores; on drawn shapes, if there is no --data
     workers: int | None = None  # decoding processes a rank; by default none where images are kept in memory
     flip: bool = False  # mirror half of the images in training, left to right, by chance
     # latents
@@ -114,9 +114,8 @@ def resolve(argv=None, description=None):
     given = vars(parser_of(method, model, description).parse_args(argv))
     if chosen.resume and "init" in given:
         raise ValueError(f"--init starts a run, and --resume goes on from {out}/last.pt: leave one of them out")
-    for name in ("data", "tokens") if demo else ():
-        if name in given:
-            raise ValueError(f"--demo draws its own images: leave --{name} out, or --demo")
+    if demo and "tokens" in given and "data" not in given:
+        raise ValueError("--demo draws its own images: name those of --tokens with --data, or leave --tokens out")
     if demo and "model" in given:  # a size asked for by name is that size
         demo = {k: v for k, v in demo.items() if k not in ("hidden_size", "depth", "num_heads", "encoder_depth")}
     elif demo:
@@ -208,6 +207,8 @@ def todays(settings):
     if settings.get("vae") not in (None, "none"):
         settings.setdefault("latent_scale", stats or "vae")
     settings.setdefault("latent_scale", "")
+    if settings.get("demo") and "plan" not in settings:
+        settings["data"] = None  # a name that --demo did not look at
     return settings
 
 

@@ -38,8 +38,9 @@ def test_flags_win_over_presets_and_presets_over_defaults(capsys):
     assert settings("--demo", "--steps", "7").steps == 7
     assert network("--demo", "--model", "SiT-B/8").hidden_size == 768 and network("--demo").hidden_size == 192
     assert network("--demo", "--depth", "1").encoder_depth == 1
-    with pytest.raises(ValueError, match="leave --data"):
-        settings("--demo", "--data", "photos")
+    assert settings("--demo", "--data", "photos").data == "photos"
+    with pytest.raises(ValueError, match="with --data, or leave --tokens"):
+        settings("--demo", "--tokens", "tokens")
     with pytest.raises(SystemExit) as stop:
         settings("--kernel", "3", "--lerning-rate", "1")
     # a flag is written out

@@ -483,3 +483,13 @@ def test_a_map_and_its_mean_are_a_teacher(photos, tmp_path, capsys):
     assert losses[0] != losses[1]
     message = refused(capsys, run, "--resume", "--steps", 6, "--cls-weight", 0.2, "--out", tmp_path / "0.5")
     assert "was started with cls_weight 0.5, not 0.2" in message
+
+
+def test_the_demos_model_learns_ones_own_images(photos, tmp_path, capsys):
+    flags = [*RUN, "--demo", "--data", photos, "--out", tmp_path / "run"]
+    run(*flags)
+    assert "photos0: a folder of class folders, 24 images in 2 classes" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (record["data"], record["classes"], record["ema"]) == (str(photos), ["cats", "dogs"], 0.998)
+    run("--resume", "--out", tmp_path / "run", "--steps", 5)
+    assert rows_of(tmp_path / "run")[-1]["step"] == 5
