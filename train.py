@@ -338,7 +338,7 @@ def train(job, signals):
 
 def main(argv=None):
     with mistakes("train.py"):
-        job = open_job(argv, __doc__)
+        job = open_job(argv, __doc__, Learner)
         folder_lock = hold_folder(Path(job.run.out), job.run.resume) if is_first() else nullcontext()
     with folder_lock, noted_signals() as signals, mistakes("train.py", BrokenImage, FloatingPointError, Untracked):
         train(job, signals)

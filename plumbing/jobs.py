@@ -54,11 +54,14 @@ class Job(NamedTuple):
         return torch.where((chance < 0.5).view(-1, 1, 1, 1), images.flip(3), images)
 
 
-def open_job(argv, description):
-    """Flags -> Job. ValueError or OSError in a sentence where something is wrong or does not fit."""
+def open_job(argv, description, Learner):
+    """Flags -> Job. ValueError or OSError in a sentence where something is wrong or does not fit.
+
+    Learner: of methods that bring none. With --plan the answer is printed, and SystemExit raised.
+    """
     run, method, checkpoint = resolve(argv, description)
     if run.plan:
-        raise SystemExit(print(plan(run, method)) if is_first() else None)
+        raise SystemExit(print(plan(run, method, method.Learner or Learner)) if is_first() else None)
     if is_first() and not run.resume:
         refuse_used(Path(run.out))
     if run.vae is None or run.vae in VAES:

@@ -41,12 +41,8 @@ class Kept:
             self.book.now -= self.size
 
 
-def count_step(run, method, config, size, gpu, recompute):
+def count_step(run, method, config, Learner, size, gpu, recompute):
     """-> ({network: its parameters}, bytes that autograd keeps at most, FLOP) of a step of `size` images."""
-    from diffusers import AutoencoderKL  # late: four seconds
-
-    import train  # late: it imports what imports this
-
     device = torch.device("cpu")
     bf16 = (gpu or fast_bf16(device)) if run.precision == "auto" else run.precision == "bf16"
 
@@ -60,10 +56,10 @@ def count_step(run, method, config, size, gpu, recompute):
         tokens = torch.zeros(size, (side // config.patch_size) ** 2, config.encoder_dim)
         batch = Batch(images, torch.zeros(size, dtype=torch.int64), moments, tokens)
         spec = dict(scale=[1.0] * channels, bias=[0.0] * channels)
-        latent = Latents(AutoencoderKL(**vae_of(run)) if method.stored_vae else None, spec) if run.vae else None
+        latent = Latents(build_vae(run) if method.stored_vae else None, spec) if run.vae else None
         job = SimpleNamespace(run=run, method=method, config=config, device=device, autocast=autocast, latent=latent)
         job.checkpoint = True  # or the data would be measured
-        learner = (method.Learner or train.Learner)(job, Ranks(), [])
+        learner = Learner(job, Ranks(), [])
         networks = learner.networks.values()
         if recompute:
             recompute_blocks(learner.networks["model"], autocast)
@@ -81,12 +77,16 @@ def vae_of(run):
     return TINY_VAE if run.vae == "tiny" else SD_VAE
 
 
+def build_vae(run):
+    from diffusers import AutoencoderKL  # late: four seconds that pixels need not wait for
+
+    return AutoencoderKL(**vae_of(run))
+
+
 def count_vae(run):
     """-> (parameters, FLOP of encoding an image) of the VAE."""
-    from diffusers import AutoencoderKL
-
     with torch.device("meta"), FlopCounterMode(display=False) as counted, torch.no_grad():
-        network = AutoencoderKL(**vae_of(run))
+        network = build_vae(run)
         network.encode(torch.zeros(1, 3, run.image_size, run.image_size))
     return sum(p.numel() for p in network.parameters()), counted.get_total_flops()
 
@@ -99,7 +99,7 @@ def count_teacher(name, grid, cls_weight):
     side = entry.side or grid * entry.patch
     with torch.device("meta"):
         own = "/" in entry.timm_id  # not in timm's list
-        network = architecture(name) if own else build(entry.timm_id, grid, side)
+        network = architecture(name.partition("@")[0]) if own else build(entry.timm_id, grid, side)
         if own and network.patch_embed.img_size != (side, side):
             network.set_input_size(img_size=(side, side))
         trim(network, entry)
@@ -121,8 +121,8 @@ def in_units(count, units=("", "k", "M", "G", "T", "P")):
     return f"{count / 1000**power:.3g}{units[power]}"
 
 
-def plan(run, method):
-    """What the run costs, as text. ValueError where its flags do not fit."""
+def plan(run, method, Learner):
+    """What the run costs, as text. Learner: train.py's or the method's. ValueError where its flags do not fit."""
     if run.plan is not True and run.plan < 1:
         raise ValueError(f"--plan takes images a second, not {run.plan}")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -136,8 +136,8 @@ def plan(run, method):
     parameters, of_teacher, width = count_teacher(encoder, grid, run.cls_weight) if encoder else (0, 0, 1)
     classes = 10 if run.demo and not run.data else 1000
     config = network_config(run, method, spec, classes, width)
-    sizes, plain, flop = count_step(run, method, config, size, gpu, False)
-    _, kept, _ = count_step(run, method, config, size, gpu, True)
+    sizes, plain, flop = count_step(run, method, config, Learner, size, gpu, False)
+    _, kept, _ = count_step(run, method, config, Learner, size, gpu, True)
     kept += (plain - kept) // config.depth  # what one block keeps while it is gone through again
     total, model = sum(sizes.values()), sizes["model"]
 

@@ -13,13 +13,14 @@ from plumbing.checkpoints import read_checkpoint
 from plumbing.methods import method_names
 from plumbing.settings import resolve
 from tests.common import RUN, refused, run
+from train import Learner
 
 SMALL = "--image-size 32 --model SiT-S/8 --depth 3 --batch-size 4 --encoder hog".split()
 
 
 def plan_of(*flags):
     asked, method, _ = resolve(["--plan", "--out", "not/there", *map(str, flags)])
-    return planning.plan(asked, method)
+    return planning.plan(asked, method, method.Learner or Learner)
 
 
 def test_what_autograd_keeps_is_counted_once_and_as_long_as_it_is_kept():
@@ -38,9 +39,9 @@ def test_what_autograd_keeps_is_counted_once_and_as_long_as_it_is_kept():
 def test_tensors_without_numbers_cost_what_real_ones_do(monkeypatch, gpu):
     asked, method, _ = resolve([*SMALL, "--out", "not/there"])
     config = Config.named("SiT-S/8", input_size=32, in_channels=3, num_classes=9, encoder_dim=128, depth=3)
-    without = [planning.count_step(asked, method, config, 4, gpu, recompute) for recompute in (False, True)]
+    without = [planning.count_step(asked, method, config, Learner, 4, gpu, recompute) for recompute in (False, True)]
     monkeypatch.setattr(planning, "FakeTensorMode", nullcontext)
-    real = [planning.count_step(asked, method, config, 4, gpu, recompute) for recompute in (False, True)]
+    real = [planning.count_step(asked, method, config, Learner, 4, gpu, recompute) for recompute in (False, True)]
     assert without == real
     (sizes, plain, flop), (_, kept, more) = real
     assert kept < plain / 2 and flop < more < 1.5 * flop

@@ -142,7 +142,7 @@ def test_losses_are_their_formulas(joint):
 
 def test_bn_starts_from_images_of_all_classes(tmp_path):
     few = black_and_white(tmp_path / "few", 290, 24)  # 256 and more of each are trained on
-    job = open_job([*JOINT, "--image-size", "24", "--data", str(few), "--out", str(tmp_path / "run")], None)
+    job = open_job([*JOINT, "--image-size", "24", "--data", str(few), "--out", str(tmp_path / "run")], None, None)
     indices, _ = train.split(len(job.data))
     bn, other = (repa_e.Learner(job, Ranks(rank, 2), indices).networks["model"].bn for rank in range(2))
     assert torch.equal(bn.running_mean, other.running_mean) and torch.equal(bn.running_var, other.running_var)

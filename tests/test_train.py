@@ -120,7 +120,7 @@ def test_a_second_average_is_kept_beside_the_first(photos, tmp_path, capsys):
 
 
 def test_flips_depend_on_seed_and_step_and_teacher_and_network_see_the_same(photos, tmp_path):
-    job = open_job([*RUN, "--data", str(photos), "--flip", "--out", str(tmp_path / "run")], None)
+    job = open_job([*RUN, "--data", str(photos), "--flip", "--out", str(tmp_path / "run")], None, train.Learner)
     indices, _ = train.split(len(job.data))
 
     def seen(start=0, ranks=Ranks(), **changes):
