@@ -20,6 +20,12 @@ LABELS = {
     "srss": "SRSS",
     "rmsc": "RMSC",
 }
+SPELLED = {
+    "lds": "LDS: local against distant similarity",
+    "cds": "CDS: slope at which likeness falls",
+    "srss": "SRSS: object against background",
+    "rmsc": "RMSC: contrast of the tokens",
+}
 
 
 def read_rows(path):
@@ -77,16 +83,19 @@ def pearson(a, b):
 
 
 def correlate(table, draws=10_000):
-    """-> {column: dict(x, fid, pearson, spearman)}, each r as [r, low, high]: 95% intervals from rows drawn again with
-    replacement. Columns that are constant or have fewer than four points are left out; ValueError if that is all."""
+    """-> {column: dict(x, fid, encoder, pearson, spearman)}, each r as [r, low, high]: 95% intervals from rows drawn
+    again with replacement. Columns that are constant or have fewer than four points are left out; ValueError if that is
+    all."""
     out = {}
     for column in LABELS:
         points = np.array([[row.get(column, np.nan), row["fid"]] for row in table]).reshape(-1, 2)
-        x, y = points[np.isfinite(points).all(1)].T
+        there = np.isfinite(points).all(1)
+        x, y = points[there].T
         if len(x) < 4 or not np.ptp(x) or not np.ptp(y):
             continue
         drawn = np.random.default_rng(0).integers(len(x), size=(draws, len(x)))
-        out[column] = dict(x=x.tolist(), fid=y.tolist())
+        names = [row.get("encoder", "") for row, kept in zip(table, there) if kept]
+        out[column] = dict(x=x.tolist(), fid=y.tolist(), encoder=names)
         for name, prepare in (("pearson", np.asarray), ("spearman", lambda v: rankdata(v, axis=-1))):
             r, again = (pearson(prepare(a), prepare(b)) for a, b in ((x, y), (x[drawn], y[drawn])))
             out[column][name] = [float(r), *np.nanpercentile(again, [2.5, 97.5]).tolist()]
@@ -98,21 +107,35 @@ def correlate(table, draws=10_000):
 
 
 def report_correlations(found, path):
-    """What correlate() found -> a table and a PNG, one panel a column."""
+    """What correlate() found -> a table and a PNG, one panel a column, and a number for each encoder with a name."""
     rows = [("against FID", "n", "Pearson r [95% interval]", "Spearman r [95% interval]")]
-    figure = Figure(figsize=(2.6 * len(found) + 0.4, 3), layout="constrained")
-    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    numbers = {}
+    for f in found.values():  # in the order of their FID
+        for _, name in sorted(zip(f["fid"], f["encoder"])):
+            if name:
+                numbers.setdefault(name, len(numbers) + 1)
+    wide = -(-(len(found) + 1) // 2)
+    figure = Figure(figsize=(4.4 * wide, 8.4), layout="constrained")
+    figure.suptitle("FID of the transformer against what its teacher is like")
+    *axes, names = figure.subplots(2, wide).flat[: len(found) + 1]
+    for spare in figure.axes[len(found) :]:
+        spare.axis("off")
     for axis, (column, f) in zip(axes, found.items()):
         cells = ["{:+.3f} [{:+.2f}, {:+.2f}]".format(*f[name]) for name in ("pearson", "spearman")]
         rows.append((LABELS[column], str(len(f["x"])), *cells))
         ends = np.array([min(f["x"]), max(f["x"])])
         axis.scatter(f["x"], f["fid"], s=18, alpha=0.8)
+        for name, *place in zip(f["encoder"], f["x"], f["fid"]):
+            if name:
+                axis.annotate(numbers[name], place, (3, 2), textcoords="offset points", fontsize=8)
         axis.plot(ends, np.polyval(np.polyfit(f["x"], f["fid"], 1), ends), color="black", linewidth=1)
-        axis.set_title(f"Pearson {cells[0]}", fontsize=9)
-        axis.set_xlabel(LABELS[column])
+        axis.set_title(f"Pearson r {cells[0]}", fontsize=10)
+        axis.set_xlabel(SPELLED.get(column, LABELS[column]))
+        axis.set_ylabel("FID (lower is better)")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("FID (lower is better)")
-    figure.savefig(path, dpi=110)
+    words = "\n".join(f"{i}  {name}" for name, i in numbers.items())
+    names.text(0, 1, words, va="top", fontsize=8, transform=names.transAxes)
+    figure.savefig(path, dpi=90)
     show_table(rows)
 
 

@@ -8,11 +8,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.convergence_report import mean_and_interval, spread
-from experiments.spatial_correlations import LABELS, correlate
+from experiments.spatial_correlations import LABELS, SPELLED, correlate
 from plumbing.files import lock, write_text
 from plumbing.records import versions
 
 ARMS = ["repa", "irepa"]
+TITLES = {"repa": "REPA", "irepa": "iREPA"}
 
 
 def known(out):
@@ -94,35 +95,40 @@ def draw(result, found, correlated, name, path):
     """A panel for each metric: distances against it, a number a teacher; and the gain of iREPA over REPA, by name."""
     titles = [*result["teachers"]]
     columns = [*next(iter(correlated.values()))]
-    figure = Figure(figsize=(3.4 * len(columns) + 5, 4.6), layout="constrained")
-    *axes, bars = figure.subplots(1, len(columns) + 1, width_ratios=[3.4] * len(columns) + [5])
+    rows = -(-(len(columns) + 1) // 3)
+    figure = Figure(figsize=(13.5, 4.4 * rows + 0.4), layout="constrained")
+    figure.suptitle(f"{name} after {result['steps']} steps against what a teacher is like; each number is a teacher")
+    *axes, bars = figure.subplots(rows, 3).flat[: len(columns) + 1]
+    for spare in figure.axes[len(columns) + 1 :]:
+        spare.remove()
     for axis, column in zip(axes, columns):
         lines = []
         for colour, (arm, of_arm) in zip(("C0", "C3"), correlated.items()):
             x, y = np.array(of_arm[column]["x"]), np.array(of_arm[column]["fid"])
-            axis.scatter(x, y, s=12, color=colour, label=arm)
+            axis.scatter(x, y, s=14, color=colour, label=TITLES[arm])
             for title, *place in zip([t for t in titles if found[t][arm]], x, y):
-                number, beside = str(titles.index(title) + 1), dict(textcoords="offset points", fontsize=7)
-                axis.annotate(number, place, (2, 2), color=colour, **beside)
+                number, beside = str(titles.index(title) + 1), dict(textcoords="offset points", fontsize=9)
+                axis.annotate(number, place, (3, 2), color=colour, **beside)
             ends = np.array([x.min(), x.max()])
             axis.plot(ends, np.polyval(np.polyfit(x, y, 1), ends), color=colour, linewidth=1)
-            lines.append(f"{arm}: r {of_arm[column]['pearson'][0]:+.2f}, rank r {of_arm[column]['spearman'][0]:+.2f}")
-        axis.set_xlabel(LABELS[column])
-        axis.set_title("\n".join(lines), fontsize=9)
+            r, rank = (of_arm[column][kind][0] for kind in ("pearson", "spearman"))
+            lines.append(f"{TITLES[arm]}: r {r:+.2f}, of ranks {rank:+.2f}")
+        axis.set_xlabel(SPELLED.get(column, LABELS[column]))
+        axis.set_title("\n".join(lines), fontsize=10)
         axis.ticklabel_format(useOffset=False)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"{name} (lower is better)")
-    axes[0].legend(fontsize=8)
+        axis.set_ylabel(f"{name} (lower is better)")
+    axes[0].legend(fontsize=9)
     for i, title in enumerate(titles):
         if gains := [*gains_of(found[title]).values()]:
             bars.barh(i, statistics.mean(gains), color="C2", alpha=0.5)
             bars.plot(gains, [i] * len(gains), "k.", markersize=4)
-    bars.set_yticks(range(len(titles)), [f"{i + 1} {title}" for i, title in enumerate(titles)], fontsize=8)
+    bars.set_yticks(range(len(titles)), [f"{title}  {i + 1}" for i, title in enumerate(titles)], fontsize=9)
     bars.invert_yaxis()
     bars.axvline(0, color="black", linewidth=1)
-    bars.set(xlabel=f"{name}: REPA minus iREPA, a dot a seed", title="what iREPA gains")
+    bars.set(xlabel="REPA's distance minus iREPA's, a dot a seed", title="what iREPA gains")
     bars.grid(alpha=0.3, axis="x")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def report(args, teachers, new, facts):
