@@ -18,6 +18,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -26,6 +27,11 @@ from tqdm import tqdm
 import fid
 from inputs.images import ImageSet
 from inputs.latents import Cached, manifest_of
+from inputs.prepared import Files, Prepared
+from inputs.shards import labels_of
+from inputs.teachers import load_encoder
+from inputs.tokens import Tokens
+from inputs.vae import read_stats
 from plumbing.checkpoints import open_checkpoint
 from plumbing.files import as_program, mistakes
 from plumbing.flags import make_parser
@@ -203,6 +209,21 @@ def make_files(work):
     images = np.random.RandomState(0).randint(0, 256, (12, 16, 16, 3)).astype(np.uint8)
     np.savez(work / "set.npz", arr_0=images)
     np.savez(work / "stats.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048), np.float16))
+    grid = ["--grid", 5, "--encoder", "hog", "--out", work / "tokens"]
+    assert start("-m", "inputs.teachers", *flags, *grid).wait() == 0
+    assert start("sample.py", "--ckpt", work / "run/last.pt", "--export", work / "small.safetensors").wait() == 0
+    names = [f"00000/img-mean-std-{i:08d}.npy" for i in range(24)]
+    for name in names:  # as REPA's preprocessing writes them
+        (work / "vae-sd/00000").mkdir(parents=True, exist_ok=True)
+        np.save(work / "vae-sd" / name, np.ones((8, 4, 4), np.float32))
+    (work / "vae-sd/dataset.json").write_text(json.dumps({"labels": [[name, i // 12] for i, name in enumerate(names)]}))
+    encoded = [{"bytes": path.read_bytes(), "path": None} for path in sorted((work / "photos").rglob("*.png"))]
+    rows = datasets.Dataset.from_dict({"image": encoded, "label": [i % 2 for i in range(24)]})
+    rows.to_parquet(work / "rows.parquet")
+    rows.save_to_disk(work / "rows")
+    torch.save(load_encoder("timm:test_vit", 5, "random").model.state_dict(), work / "encoder.pth")
+    stats = dict(latents_scale=torch.ones(1, 4, 1, 1), latents_bias=torch.zeros(1, 4, 1, 1))
+    torch.save(stats, work / "scale.pt")
     return state, ImageSet(work / "photos", 16, progress=False)
 
 
@@ -222,6 +243,24 @@ def fuzz(work, count, seed):
         for _ in images.batches(0, images.count, 8) if images else ():
             pass
 
+    def taught(_):
+        tokens = Tokens(work / "tokens", "hog", 5)
+        labels_of(tokens.path, tokens.manifest, data)
+        tokens[np.arange(24)]
+
+    def repas(_):
+        prepared = Prepared(data, Files(work / "vae-sd"), dict(channels=4, factor=4), 16)
+        prepared[np.arange(24)]
+        prepared.statistics()
+
+    def hugging_face(path):
+        ImageSet(path, 16, True, False)
+
+    def teacher(path):
+        load_encoder("timm:test_vit", 5, path)
+
+    (arrow,) = (work / "rows").glob("*.arrow")
+    tokens, vae_sd, rows = work / "tokens/hog", work / "vae-sd", work / "rows"
     readers = {  # what is damaged, where the damaged one lies, who reads it
         "checkpoint, bytes": (work / "small.pt", mutant.with_suffix(".pt"), open_checkpoint),
         "checkpoint, entries": (state, mutant.with_suffix(".pt"), open_checkpoint),
@@ -230,6 +269,16 @@ def fuzz(work, count, seed):
         "zip of images": (work / "photos.zip", mutant.with_suffix(".zip"), lambda p: ImageSet(p, 16, True, False)),
         "npz, images": (work / "set.npz", mutant.with_suffix(".npz"), image_set),
         "npz, statistics": (work / "stats.npz", mutant.with_suffix(".npz"), image_set),
+        "export, bytes": (work / "small.safetensors", mutant.with_suffix(".safetensors"), open_checkpoint),
+        "tokens, manifest": (tokens / "manifest.json", tokens / "manifest.json", taught),
+        "tokens, shard": (tokens / "tokens-00000.npy", tokens / "tokens-00000.npy", taught),
+        "REPA's dataset.json": (vae_sd / "dataset.json", vae_sd / "dataset.json", repas),
+        "REPA's latent": (vae_sd / "00000/img-mean-std-00000003.npy",) * 2 + (repas,),
+        "parquet": (work / "rows.parquet", mutant.with_suffix(".parquet"), hugging_face),
+        "datasets, state": (rows / "state.json", rows / "state.json", lambda _: hugging_face(rows)),
+        "datasets, arrow": (arrow, arrow, lambda _: hugging_face(rows)),
+        "teacher's weights": (work / "encoder.pth", mutant.with_suffix(".pth"), teacher),
+        "scale of latents": (work / "scale.pt", mutant.with_suffix(".pt"), lambda path: read_stats(path, 4)),
     }
     good = True
     for name, (source, path, read) in readers.items():
