@@ -276,6 +276,9 @@ def test_workers_that_give_nothing_keep_no_run(photos, tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as stop:
         run(*flags, "--out", tmp_path / "stopped")
     assert stop.value.code == 75 and torch.load(tmp_path / "stopped/last.pt")["step"] == 1
+    for worker in multiprocessing.active_children():  # as at the end of a process: kill_workers
+        worker.kill()
+        worker.join()
 
     def full(tensor):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
