@@ -205,3 +205,15 @@ def test_training_on_latents(photos, vae, cache, tmp_path, capsys):
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (5, 16, 16, 3)
     record = json.loads((tmp_path / "s.json").read_text())
     assert record["latent"]["scale"] == [0.18215] * 4 and record["config"]["in_channels"] == 4
+
+
+def test_a_vae_that_makes_no_images_is_said(photos, vae, tmp_path, capsys):
+    network = vaes.load_vae(str(vae)).vae
+    network.decoder.conv_out.bias.fill_(float("nan"))
+    network.save_pretrained(tmp_path / "vae")
+    flags = [*LATENT, "--data", photos, "--vae", tmp_path / "vae", "--sample-every", 4, "--out", tmp_path / "run"]
+    run(*flags)
+    assert "warning: the VAE made images that are not finite; training goes on" in capsys.readouterr().err
+    assert (tmp_path / "run/last.pt").exists() and not list((tmp_path / "run/samples").glob("step*"))
+    sampled = ["--ckpt", tmp_path / "run/last.pt", "--vae", tmp_path / "vae", "--steps", 2, "--num", 2, "--labels", "0"]
+    assert "the VAE made images that are not finite" in refused(capsys, run_sample, *sampled)
