@@ -205,6 +205,7 @@ def plot(runs, arms, facts, base, path):
             axis.text(1.02, height, arm, color=colour, transform=axis.transAxes, va="center")
         if "minus" in label:
             axis.axhline(0, color="C0", linewidth=1)
+    figure.suptitle("training by arm: the mean over seeds, bands from the least to the most; lower is better")
     figure.savefig(path, dpi=120)
 
 
