@@ -108,7 +108,7 @@ def open_job(argv, description, Learner):
     elif run.init:
         initial, latent = start_from(run, method, config, data, latent, device)
     if is_first():
-        drawn = isinstance(images, Shapes)
+        drawn = run.demo and not run.data
         for sentence in said if drawn else [images, *said]:
             print(sentence)
         for broken in [] if drawn else images.broken:

@@ -186,7 +186,7 @@ def test_two_caches_need_no_image(photos, vae, cache, tmp_path, capsys):
         ),
         ("--tokens {0} --encoder-weights random", "leave --encoder-weights out"),
         ("--token-memory nan", "--token-memory must not be negative"),
-        ("--tokens {0} --demo", "leave --tokens out, or --demo"),
+        ("--tokens {0} --demo", "with --data, or leave --tokens out"),
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused(photos, cache, tmp_path, capsys, flags, message):
