@@ -167,6 +167,8 @@ def read_flags(argv):
     asked.labels = by_number(asked.labels, file.get("classes") or [])
     choose_labels(asked.labels, [0], model.config.num_classes, asked.seed)
     device = pick_device(asked.device)
+    if asked.precision == "tf32" and device.type != "cuda":
+        asked.precision = "fp32"  # what these compute in, and what the JSON says
     asked.batch_size = asked.batch_size or (256 if device.type == "cuda" else 64)
     return asked, Opened(model.to(device), method, how, file, device)
 

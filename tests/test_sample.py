@@ -67,6 +67,7 @@ def test_demo_then_sample(tmp_path, capsys):
     assert data["arr_0"].shape == (13, 32, 32, 3) and data["arr_0"].dtype == np.uint8
     assert data["labels"].tolist() == [*range(10), 0, 1, 2]
     record = json.loads((tmp_path / "s.json").read_text())
+    assert record["precision"] == "fp32"  # TensorFloat-32 is a GPU's
     assert record["step"] == 4 and record["cfg"] == 1.0 and len(record["checkpoint_sha256"]) == 64
     assert record["ema"] is True and record["sampler"] == "sde"
     assert record["config"] == {**config["config"], "projector": None}
