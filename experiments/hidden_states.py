@@ -135,7 +135,7 @@ def draw_curves(result, path):
     """A column for each noise level, a row for each measure, a line for each model, a black one for the teacher."""
     measures = {"accuracy": "linear probe, %", "cknna": f"CKNNA to {result['encoder']}", "lds": "LDS"}
     levels = [*next(iter(result["models"].values()))["at"]]
-    figure = Figure(figsize=(3.4 * len(levels) + 1.2, 8), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(levels) + 1.2, 8.3), layout="constrained")
     axes = figure.subplots(3, len(levels), sharex=True, sharey="row", squeeze=False)
     for row, (measure_, label) in zip(axes, measures.items()):
         row[0].set_ylabel(label)
@@ -157,6 +157,7 @@ def draw_curves(result, path):
         axis.set_xlabel("block (dotted: aligned behind it)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, -1].legend(fontsize=8)
+    figure.suptitle("the tokens behind each block, of noised images; black: the teacher's, of the images themselves")
     figure.savefig(path, dpi=110)
 
 
