@@ -11,7 +11,6 @@ stopped goes on when it is started again: finished batches lie in NAME.parts unt
 --out-dir: what is there stays as it is, and another folder starts from the first image).
 """
 
-import argparse
 import difflib
 import itertools
 import json
@@ -31,7 +30,7 @@ from inputs.vae import Latents, decode
 from irepa import Sampling, guided, randn, sample_ode, sample_sde, solve, stream
 from plumbing.checkpoints import export_average, find_vae, load_checkpoint, open_checkpoint
 from plumbing.files import as_program, free_at, hold_unfinished, mistakes, sha256_of, write_text, write_whole
-from plumbing.flags import add_flags, make_parser
+from plumbing.flags import add_flags, early_parser, make_parser
 from plumbing.methods import Method, method_named
 from plumbing.processes import compile_blocks, device_name, is_first, pick_device, settle_compile, start_ranks
 from plumbing.records import progress, save_grid, to_uint8, versions, write_npz
@@ -118,7 +117,7 @@ def by_number(wanted, classes):
     for part in parts:
         if part not in numbers and not part.strip().isdigit():
             near = ", ".join(difflib.get_close_matches(part, classes, 3) or classes[:3])
-            hint = f"random, balanced, numbers such as 3,7, or names{': ' if near else ''}{near}"
+            hint = f"random, balanced, numbers such as 3,7, or names{' such as ' if near else ''}{near}"
             raise ValueError(f"--labels {wanted}: {part!r} is no class of this checkpoint; write {hint}")
     return ",".join(numbers.get(part, part) for part in parts)
 
@@ -128,9 +127,8 @@ def by_number(wanted, classes):
 
 def read_flags(argv):
     """-> (Asked, Opened), the VAE yet to be found; ValueError for what does not fit."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of the flags that say which others there are
+    early = early_parser("sample.py", "ckpt")
     add_flags(early, Asked, leave_out=[f.name for f in fields(Asked) if f.name not in ("ema", "released")])
-    early.add_argument("--ckpt")
     chosen = early.parse_known_args(argv)[0]
     model, method, file = None, method_named("irepa"), {}
     if chosen.ckpt:
@@ -154,6 +152,8 @@ def read_flags(argv):
         how = replace(how, cfg=1.0)
         if is_first():
             print(f"note: {asked.ckpt} knows one class, so that guidance has nothing to guide: sampled without --cfg")
+    if not 0 <= asked.seed < 2**63:
+        raise ValueError(f"--seed is 0 or more and below 2^63, not {asked.seed}")
     if asked.precision not in ("fp32", "tf32", "bf16"):
         raise ValueError(f"--precision is fp32, tf32 or bf16, not {asked.precision}")
     if not getattr(how, "cfg", 1) >= 0:
@@ -182,14 +182,15 @@ def plan_grid(asked, opened):
     rows = list(dict.fromkeys(choose_labels(wanted, range(asked.num or 1000), classes, asked.seed).tolist()))
     columns = asked.num // len(rows) if asked.num else 8
     if asked.num and asked.num % len(rows):
-        raise ValueError(f"--num {asked.num} does not fill {len(rows)} rows of a grid, one for each label")
+        why = f"--num {asked.num} does not fill {len(rows)} rows of a grid, one for each label"
+        raise ValueError(f"{why}: take a multiple of {len(rows)}, or fewer --labels")
     labels = ",".join(str(row) for row in rows for _ in range(columns))
     cfg = f"-cfg{how.cfg:g}" if hasattr(how, "cfg") else ""
     kind = getattr(how, "sampler", opened.method.name)
     stem = f"{Path(asked.ckpt).with_suffix('')}-{kind}{how.steps}{cfg}-seed{asked.seed}"
     free = (Path(f"{stem}{n}.png") for n in itertools.chain([""], map("-{}".format, itertools.count(2))))
     target = next(path for path in free if not path.exists())
-    shown = [str(names[row]) if row < len(names) else str(row) for row in rows]
+    shown = [str(names[row]) if row < len(names) else "none" if row == classes else str(row) for row in rows]
     return replace(asked, num=columns * len(rows), labels=labels), target, shown
 
 
@@ -207,7 +208,7 @@ def json_beside(target):
     return Path(f"{target.with_suffix('') if target.suffix in ('.npz', '.png') else target}.json")
 
 
-# ---- Unfinished work, which a run that was stopped finds again ----
+# ---- Sample ----
 
 
 def is_whole(chunk, count):
@@ -215,9 +216,6 @@ def is_whole(chunk, count):
         return len(np.load(chunk, mmap_mode="r", allow_pickle=False)) == count
     except Exception:  # not there, or cut short by a full or failing disk, where numpy raises anything: made again
         return False
-
-
-# ---- Sample ----
 
 
 def sample_batches(asked, opened, ranks, target, unfinished):
@@ -270,7 +268,7 @@ def write_samples(asked, opened, target, unfinished, rows, record):
             write_npz(whole, chunks, (asked.num, *np.load(chunks[0]).shape[1:]), labels.numpy())
         elif not asked.out_dir:
             whole, pixels = unfinished / "whole.png", np.concatenate([np.load(chunk) for chunk in chunks])
-            save_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2), rows, whole)
+            save_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2), rows, whole, [*dict.fromkeys(labels.tolist())])
         record.update(processes=ranks.world, device=device_name(opened.device))
         record["labels_of_images"] = labels.tolist() if asked.out_dir else None
         write_text(json_beside(target), json.dumps({**record, **versions()}, indent=1) + "\n")
@@ -308,7 +306,13 @@ def main(argv=None):
             hold_unfinished(unfinished, record, leave_out=PLACES) if is_first() and not asked.out_dir else nullcontext()
         )
     with folder_lock, mistakes("sample.py", FloatingPointError, OSError):
-        write_samples(asked, opened, target, unfinished, rows, record)
+        try:
+            write_samples(asked, opened, target, unfinished, rows, record)
+        except KeyboardInterrupt:
+            if is_first():
+                goes_on = "" if asked.out_dir else ", and the same command goes on from it"
+                print(f"\nstopped: what is finished is kept in {target if asked.out_dir else unfinished}{goes_on}")
+            raise
 
 
 if __name__ == "__main__":

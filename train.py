@@ -259,7 +259,7 @@ def draw(ema, learner, folder, step, trackers):
 
 
 def train(job, signals):
-    run, out = job.run, Path(job.run.out)
+    run, out, samples = job.run, Path(job.run.out), Path(job.run.out) / "samples"
     ranks, first = start_ranks(job.device, minutes=30), is_first()
     torch.manual_seed(run.seed)
     indices, chunks = split(len(job.data))
@@ -321,8 +321,9 @@ def train(job, signals):
                 drawn = run.sample_every and (done % run.sample_every == 0 or last)
                 if drawn:
                     bar.set_description("drawing a grid of samples")
-                    warned(lambda: draw(averages["ema"], learner, out / "samples", done, trackers))
+                    signals.until_stopped(warned, lambda: draw(averages["ema"], learner, samples, done, trackers))
                     bar.set_description()
+                    bar.unpause()  # or it would count as a step's time
                 if (drawn or last) and log.stat().st_size:
                     warned(lambda: plot(out))
     bar.close()

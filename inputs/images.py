@@ -23,6 +23,7 @@ from plumbing.files import shown
 DATA = "data/imagenet/train"  # where no --data is given
 IN_MEMORY = 2**30  # bytes of decoded images up to which a data set is decoded once and kept
 CHECK_ALL = 100_000  # above this many images, they are not all opened beforehand
+LOOK = 64  # images that tell one set from another
 NEIGHBOURS = 100  # how many are tried in the place of a broken one
 Image.MAX_IMAGE_PIXELS = None  # Pillow takes a file of so many for an attack; these are the user's own
 
@@ -71,26 +72,31 @@ class ImageSet:
 
     Sets of up to IN_MEMORY bytes are decoded once. An image that cannot be decoded raises BrokenImage, of up to
     CHECK_ALL images (or with check_all) at once; with skip_broken the next one that can be stands in for it, with its
-    label: of those that train, for one that trains, and else a held-out one. needed: whether any is to be decoded.
-    ValueError or FileNotFoundError, with what to do, where there is nothing to train on.
+    label: of those that train, for one that trains, and else a held-out one. needed: whether any is to be decoded;
+    later: not before decode_beforehand() is called. ValueError or FileNotFoundError, with what to do, where there is
+    nothing to train on.
     """
 
-    def __init__(self, path, size, skip_broken=False, progress=True, check_all=False, needed=True):
+    def __init__(self, path, size, skip_broken=False, progress=True, check_all=False, needed=True, later=False):
         self.path, self.size, self.skip_broken = str(path), size, skip_broken
         self.kind, self.files, self.labels, self.classes, self.source, self.notes = listing(path)
         self.images, self.instead, self.broken = None, {}, []  # instead: broken image -> the one that stands in
-        in_memory = needed and len(self) * 3 * size**2 <= IN_MEMORY
-        if in_memory:
-            self.images = np.empty((len(self), size, size, 3), np.uint8)
-        self.quick = in_memory
-        if in_memory or check_all or (needed and len(self) <= CHECK_ALL):
-            self.decode_all(progress)
+        self.quick = needed and len(self) * 3 * size**2 <= IN_MEMORY
+        self.all_first = self.quick or check_all or (needed and len(self) <= CHECK_ALL)
+        if not later:
+            self.decode_beforehand(progress)
 
     def __str__(self):
         """What it was taken for, and what is left out: a line for the start of a run."""
         many = f"{len(self)} images in {len(self.classes)} class{'es' if len(self.classes) > 1 else ''}"
-        broken = [f"{len(self.broken)} cannot be decoded, another stands in for each"] if self.broken else []
-        return "; ".join([f"{shown(self.path)}: {self.kind}, {many}", *self.notes, *broken])
+        return "; ".join([f"{shown(self.path)}: {self.kind}, {many}", *self.notes])
+
+    def decode_beforehand(self, progress=True):
+        """What is to be decoded before the first batch."""
+        if self.quick:
+            self.images = np.empty((len(self), self.size, self.size, 3), np.uint8)
+        if self.all_first:
+            self.decode_all(progress)
 
     def decode_all(self, progress):
         """Decode every file once: broken ones show up now. Their pixels go into self.images where these are kept."""
@@ -109,7 +115,7 @@ class ImageSet:
         good = {i for i, error in enumerate(errors) if not error}
         self.broken = [str(error) for error in errors if error]
         if self.broken and not self.skip_broken:
-            more = f" (and {len(self.broken) - 1} more files)" if len(self.broken) > 1 else ""
+            more = f" (and {len(self.broken) - 1} more)" if len(self.broken) > 1 else ""
             raise BrokenImage(f"{self.broken[0]}{more}; repair or remove it, or let another stand in: --skip-broken")
         if not good:
             raise ValueError(f"{self.path}: none of the {len(self)} images can be decoded: {self.broken[0]}")
@@ -124,12 +130,23 @@ class ImageSet:
 
     @functools.cached_property
     def digest(self):
-        """Of the names of the files and their sizes in bytes: other images seldom have both the same."""
+        """Of the names of the files, their sizes in bytes, and what LOOK of them hold: those of other images may all
+        have the same names and, where nothing is compressed, the same sizes."""
         digest, line = hashlib.sha256(), ""
         for file, size in zip(self.files, self.source.sizes()):  # not all lines at once: they may be a million
             digest.update(f"{line}{file} {size}".encode("utf-8", "surrogateescape"))
             line = "\n"
+        for i in np.unique(np.linspace(0, len(self) - 1, LOOK).astype(int)).tolist():
+            digest.update(self.bytes_of(i))
         return digest.hexdigest()
+
+    def bytes_of(self, i):
+        """The file of image i; nothing of one that cannot be read, which --skip-broken lets pass."""
+        try:
+            with self.source.open(i) as file:
+                return file.read()
+        except Exception:  # the readers of damaged zips raise anything
+            return b""
 
     def decode(self, i):
         """Image i -> uint8 [size, size, 3]. BrokenImage, with its name, if it cannot be read."""

@@ -196,14 +196,14 @@ def load_labels(path):
 def labels_of(path, manifest, data):
     """The labels [N] of a cache of the images `data`. ValueError where it is of others.
 
-    Of a set of labels alone, count and labels are compared, of others also size, names and bytes.
+    Of a set of labels alone, count and labels are compared, of others also size, names and some of the bytes.
     """
     own = dict(image_size=data.size, count=len(data), files_sha256=data.digest) if hasattr(data, "digest") else {}
     for key, value in (own or dict(count=len(data))).items():
         if manifest[key] != value:
             what = f"its {key} is {manifest[key]}, not {value}"
             if key == "files_sha256":
-                what = "files have other names or sizes (its files_sha256 is another)"
+                what = "files have other names, sizes or contents (its files_sha256 is another)"
             raise ValueError(f"{path} is not a cache of {data.path}: {what}; name its images, or write another")
     labels = data.labels.copy()
     for i, j in manifest.get("stand_ins", []):

@@ -61,9 +61,10 @@ def find_encoder(name, weights=None, cls_weight=0.0):
             raise ValueError(f"--encoder {base} has no {what}: leave {where} out")
         return None
     if base not in ENCODERS and not base.startswith("timm:"):
-        raise ValueError(
-            f"unknown encoder {name!r}; there are hog, sift, {', '.join(ENCODERS)} and timm:<any id of timm>"
-        )
+        near = difflib.get_close_matches(base, [*DRAWN, *ENCODERS], 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        there = f"there are hog, sift, {', '.join(ENCODERS)} and timm:<any id of timm>"
+        raise ValueError(f"unknown encoder {name!r}; {meant}{there}")
     if weights not in (None, "random") and not Path(weights).exists():
         raise FileNotFoundError(f"--encoder-weights {weights}: there is no such file")
     if package_of(base) and not weights:

@@ -21,7 +21,8 @@ WRONG = (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, Runtime
 def read_checkpoint(path):
     """The dict in a .pt or .safetensors file, without executing anything in it. FileNotFoundError or ValueError."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: there is no such checkpoint file")
+        hint = f"; it is a folder: {path}/last.pt" if (Path(path) / "last.pt").is_file() else ""
+        raise FileNotFoundError(f"{path}: there is no such checkpoint file{hint}")
     data = read_pt(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}, not a checkpoint")
@@ -266,7 +267,8 @@ def refuse_change(out, old, new):
 
 def refuse_used(out):
     if out.exists() and not (out.is_dir() and {file.name for file in out.iterdir()} <= {".lock", "config.json.tmp"}):
-        raise FileExistsError(f"{out} exists; --resume continues it, another --out leaves it as it is")
+        hint = "" if any(out.glob("*.pt")) else " (it has no checkpoint, and would start anew)"
+        raise FileExistsError(f"{out} exists; --resume continues it{hint}, another --out leaves it as it is")
 
 
 def hold_folder(out, resume):

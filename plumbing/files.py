@@ -40,6 +40,9 @@ def mistakes(program, *kinds):
     """A user's mistake, an error of `kinds` (ValueError and OSError by default), ends in one sentence and exit 2."""
     try:
         yield
+    except BrokenPipeError as error:  # whoever read what it says has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
+        raise SystemExit(141) from error
     except kinds or (ValueError, OSError) as error:
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
@@ -64,10 +67,13 @@ def write_whole(path, save):
             save(f)
             f.flush()
             os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:  # torch.save has its own class for a full disk
-        Path(f"{path}.tmp").unlink(missing_ok=True)
+        os.replace(f"{path}.tmp", path)
+    except RuntimeError as e:  # torch.save's own for a full disk
+        raise OSError(f"{path} cannot be written (the disk is full, or fails: {one_line(e)[:200]})") from e
+    except OSError as e:
         raise OSError(f"{path} cannot be written ({one_line(e)[:200]})") from e
-    os.replace(f"{path}.tmp", path)
+    finally:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
 
 
 def write_text(path, text):

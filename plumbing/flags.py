@@ -7,6 +7,7 @@ import argparse
 import difflib
 import inspect
 import re
+import sys
 import typing
 from dataclasses import MISSING, fields, is_dataclass
 
@@ -46,7 +47,11 @@ def add_flags(parser, cls, leave_out=(), defaults=None, title="", others={}):
     """
     comments, groups = comments_of(cls), {None: parser.add_argument_group(title) if title else parser}
     for field in fields(cls):
-        if field.name in leave_out or field.name not in comments:
+        if field.name in leave_out:
+            continue
+        if f"--{field.name.replace('_', '-')}" in parser._option_string_actions:
+            raise ValueError(f"{cls.__module__}: {cls.__name__}.{field.name} has the name of another flag: rename it")
+        if field.name not in comments:
             continue
         heading, text = comments[field.name]
         if heading not in groups:
@@ -66,12 +71,23 @@ def add_flags(parser, cls, leave_out=(), defaults=None, title="", others={}):
             how.update(nargs=2, type=float, metavar=("LO", "HI"))
         else:
             kind = kinds[0] if kinds else field.type
+            if kind not in (int, float, str):
+                what = "int, float, str or bool, one of these or None, or a tuple of two numbers"
+                raise ValueError(f"{cls.__module__}: {cls.__name__}.{field.name} is {kind}, and a flag takes {what}")
             how.update(type=or_none(kind) if kinds else kind, metavar={int: "N", float: "X", str: "NAME"}[kind])
         names = [field.name, *([others[field.name]] if field.name in others else [])]
         groups[heading].add_argument(*[f"--{name.replace('_', '-')}" for name in names], dest=field.name, **how)
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses an empty value: a variable of the shell that is not set would be taken for a flag that is not."""
+        args = sys.argv[1:] if args is None else [str(arg) for arg in args]
+        for before, arg in zip(["", *args], args):
+            if not arg or re.fullmatch(r"--[\w-]+=", arg):
+                self.error(f"{arg.strip('=') or before} has an empty value: give it one, or leave it out")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         """Names, beside a flag that there is not, one that may be meant."""
         if message.startswith("unrecognized arguments"):
@@ -80,6 +96,14 @@ class Parser(argparse.ArgumentParser):
                 near = [k for k in known if k.startswith(flag)] or difflib.get_close_matches(flag, known, 1, 0.7)
                 message += f"; did you mean {near[0]}?" if near else ""
         super().error(message)
+
+
+def early_parser(program, *names):
+    """Of the flags --NAME that say which other flags there are; the others are left for make_parser's."""
+    parser = Parser(program, usage="%(prog)s [flags], which --help lists", add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}")
+    return parser
 
 
 def make_parser(program, description, usage="[flags], which --help lists"):

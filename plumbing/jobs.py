@@ -81,7 +81,9 @@ def open_job(argv, description, Learner):
     size, grid = run.image_size, shape.input_size // shape.patch_size
     tokens = Tokens(run.tokens, run.encoder, grid, run.cls_weight) if run.tokens and shape.projector else None
     data = images = open_images(run, tokens, bool(shape.projector))
-    said = []
+    drawn, said = run.demo and not run.data, []
+    if is_first() and not drawn:
+        print(images)
     if run.latents:
         data = open_latents(run.latents, data, spec, size, images=shape.projector and not tokens)
         if data.spec:
@@ -101,15 +103,16 @@ def open_job(argv, description, Learner):
     if len(data.classes) == 1 and run.sample_cfg != 1:
         run.sample_cfg = 1.0
         if is_first():
-            print("note: there is one class, so that guidance has nothing to guide: samples without --sample-cfg")
+            print("note: there is one class, so that guidance has nothing to guide: the grids are without --sample-cfg")
     initial = {}
     if checkpoint:
         same_run(run, config, data, spec, checkpoint)
     elif run.init:
         initial, latent = start_from(run, method, config, data, latent, device)
+    if hasattr(images, "decode_beforehand"):  # last, as it takes minutes
+        images.decode_beforehand(is_first())
     if is_first():
-        drawn = run.demo and not run.data
-        for sentence in said if drawn else [images, *said]:
+        for sentence in said:
             print(sentence)
         for broken in [] if drawn else images.broken:
             print(f"another image stands in: {broken}")
@@ -132,7 +135,7 @@ def open_images(run, tokens, aligned):
             return Recorded(run.latents, manifest_of(run.latents))
     run.data = run.data or DATA
     if not Labels.takes(run.data):
-        return ImageSet(run.data, run.image_size, run.skip_broken, is_first(), needed=needed)
+        return ImageSet(run.data, run.image_size, run.skip_broken, is_first(), needed=needed, later=True)
     if not run.latents:
         raise ValueError(f"{run.data} holds labels alone, which go with --latents")
     if needed:

@@ -2,7 +2,8 @@
 
 A file of variants/ gives what it changes, under these names; what it does not define is irepa.py's:
 
-    Config      a dataclass, and Config.named(model, **fields); its fields are flags of train.py
+    Config      a dataclass, and Config.named(model, **fields); its fields with a comment behind them are flags of
+                train.py: int, float, str or bool, one of these or None, or a tuple of two numbers
     model       model(config) -> network, with .config, .blocks, .projectors and the forward that loss and solve call
     loss        loss(model, x, y, target, config, generator, part) -> dict of scalars: loss, denoise, align
     Sampling    a dataclass; its fields are flags of sample.py
@@ -21,6 +22,7 @@ and, where it needs them, what irepa.py has not:
 """
 
 import importlib
+import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Callable
@@ -64,4 +66,18 @@ def method_named(name):
     if not own:
         names = ", ".join(f.name for f in fields(Method)[1:])
         raise ValueError(f"variants/{name}.py is no method: it defines none of {names}")
+    for key in own.keys() & {"Config", "Sampling"}:
+        settle_types(own[key], f"variants/{name}.py: {key}")
     return Method(name, **(needed if name in OWN else {**needed, **own}))
+
+
+def settle_types(cls, where):
+    """The types of a method's dataclass as types, where `from __future__ import annotations` leaves text. ValueError
+    for a class that is no dataclass, whose fields would be another's, or that cannot be made by name."""
+    if "__dataclass_fields__" not in vars(cls):
+        raise ValueError(f"{where} is no dataclass, so that its fields would not count: write @dataclass above it")
+    if where.endswith("Config") and not hasattr(cls, "named"):
+        raise ValueError(f"{where} has no named(model, **fields): let it build on irepa.Config, or give it one")
+    hints = typing.get_type_hints(cls)
+    for entry in fields(cls):
+        entry.type = hints[entry.name]

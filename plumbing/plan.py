@@ -1,4 +1,4 @@
-"""train.py --plan: what a run costs, counted on tensors without numbers. Nothing is read, downloaded or trained.
+"""train.py --plan: what a run costs, counted on tensors without numbers. Nothing is decoded, downloaded or trained.
 
 The step that is counted is the loop's: the Learner's gradients of one part of a batch, as many images as a process has
 at a time. Memory is what autograd keeps of it, without what is there for a moment; compiled blocks keep less.
@@ -14,14 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from inputs.formats import listing
 from inputs.images import Batch
+from inputs.prepared import Labels
 from inputs.teachers import DRAWN, architecture, build, find_encoder, trim
 from inputs.vae import SD_VAE, TINY_VAE, Latents
 from plumbing.processes import Ranks, fast_bf16, mixed, recompute_blocks
 from plumbing.settings import network_config
 
-IMAGENET = 1_281_167  # images to train on
-RATE = 1000  # images/s, where none is given
+IMAGENET = 1_281_167, 1000  # images to train on, and classes
 
 
 class Kept:
@@ -112,6 +113,14 @@ def count_teacher(name, grid, cls_weight):
     return sum(p.numel() for p in network.parameters()), counted.get_total_flops(), entry.dim
 
 
+def count_images(run):
+    """-> (how many images, of how many classes, and both in words) of --data, or of ImageNet."""
+    if run.data is None:
+        return (10_000, 10, "the 10,000 drawn ones") if run.demo else (*IMAGENET, f"ImageNet's {IMAGENET[0]:,}")
+    data = Labels(run.data) if Labels.takes(run.data) else listing(run.data)
+    return len(data.labels), len(data.classes), f"the {len(data.labels):,} in {run.data}"
+
+
 # ---- The plan ----
 
 
@@ -134,7 +143,7 @@ def plan(run, method, Learner):
     grid = shape.input_size // shape.patch_size
     encoder = run.encoder if shape.projector else None
     parameters, of_teacher, width = count_teacher(encoder, grid, run.cls_weight) if encoder else (0, 0, 1)
-    classes = 10 if run.demo and not run.data else 1000
+    count, classes, of = count_images(run)
     config = network_config(run, method, spec, classes, width)
     sizes, plain, flop = count_step(run, method, config, Learner, size, gpu, False)
     _, kept, _ = count_step(run, method, config, Learner, size, gpu, True)
@@ -148,7 +157,7 @@ def plan(run, method, Learner):
     vae_parameters, of_vae = count_vae(run) if encodes else (0, 0)
     memory.update(VAE=4 * vae_parameters)
     chosen = kept if run.checkpoint_blocks else plain
-    images, rate = run.steps * run.batch_size, RATE if run.plan is True else run.plan
+    images = run.steps * run.batch_size
     caches = {"latents": 4 * config.in_channels * config.input_size**2} if run.vae and not method.stored_vae else {}
     caches.update({"tokens": 2 * grid**2 * width} if encoder else {})
 
@@ -163,8 +172,10 @@ def plan(run, method, Learner):
         network.append(f"{in_units(vae_parameters)} VAE")
         work.append(f"{in_units(of_vae)} in the VAE (none with --latents)")
     seen = f"{config.in_channels} x {config.input_size} x {config.input_size}"
-    hours, epochs = images / rate / 3600, images / IMAGENET
-    long = f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
+    long = "--plan N says how long it takes at N images a second"
+    if run.plan is not True:
+        hours = images / run.plan / 3600
+        long = f"{f'{hours:.3g} hours' if hours >= 1 else f'{60 * hours:.2g} minutes'} at {run.plan:,} images a second"
     rows = [
         (run.method, f"{run.model} on {seen}, {grid**2} tokens, {classes:,} classes"),
         ("", f"{size} images at a time in each of {world} process{'es' * (world > 1)}, on {'GPUs' if gpu else 'CPUs'}"),
@@ -174,8 +185,8 @@ def plan(run, method, Learner):
         ("", f"{gib(plain)} activations, with --checkpoint-blocks {gib(kept)}"),
         ("", f"{gib(sum(memory.values()) + chosen)} in all for each process, where nothing is compiled"),
         ("disk", f"{in_units(12 * total + memory['averages'])}B a checkpoint, {max(1, run.keep)} are kept"),
-        *(("", f"{in_units(v)}B of {k} an image, {in_units(v * IMAGENET)}B for ImageNet") for k, v in caches.items()),
-        ("time", f"{long} for {images:,} images at {rate:,} a second; --plan N counts with N"),
-        ("", f"ImageNet's {IMAGENET:,} are seen {epochs:.3g} times"),
+        *(("", f"{in_units(v)}B of {k} an image, {in_units(v * count)}B for {of}") for k, v in caches.items()),
+        ("time", f"{images:,} images: each of {of} is seen {images / count:.3g} times"),
+        ("", long),
     ]
     return "\n".join(f"{name:14} {text}" for name, text in rows)

@@ -26,8 +26,10 @@ def pick_device(name):
     if the environment speaks of several processes without saying how they meet."""
     needed = "RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
     absent = [name for name in needed if name not in os.environ]
-    if "RANK" in os.environ and absent:
-        raise ValueError(f"RANK is set, but not {', '.join(absent)}: start it with torchrun, or unset RANK")
+    several = "RANK" if "RANK" in os.environ else "WORLD_SIZE" if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    if several and absent:
+        why = f"{several} is set, but not {', '.join(absent)}"
+        raise ValueError(f"{why}: start it with torchrun, or unset {several}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
@@ -189,6 +191,16 @@ class Noted(list):
 
     waiting = False
 
+    def until_stopped(self, work, *inputs):
+        """work(*inputs), which a signal ends, or keeps from beginning."""
+        try:
+            self.waiting = not self
+            if self.waiting:
+                work(*inputs)
+            self.waiting = False
+        except Stopped:
+            pass
+
 
 class Stopped(BaseException):  # no Exception, of which a loader would make something else
     """A signal has come while somebody was waiting."""
@@ -201,7 +213,9 @@ def noted_signals():
 
     def note(number, _):
         noted.append(number)
-        signal.signal(number, before[number])
+        # who starts it with & in a script has it ignore SIGINT
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default if before[number] == signal.SIG_IGN else before[number])
         if is_first():  # by os: print() may be at work at this moment
             os.write(2, b"\nstopping after this step and saving; once more, and it ends at once without saving\n")
         if noted.waiting:

@@ -89,7 +89,10 @@ class Meter:
 def open_log(out, record, resumed):
     """Write the run's settings, cut the log to the `resumed` step (None: a new run) -> the log's path."""
     name = "config.json" if resumed is None else f"config-from-step-{resumed}.json"
-    write_text(out / name, json.dumps(record, indent=1) + "\n")
+    earlier = [*out.glob("config.json"), *sorted(out.glob("config-from-step-*.json"), key=os.path.getmtime)]
+    text, again = json.dumps(record, indent=1) + "\n", json.dumps({**record, "resume": False}, indent=1) + "\n"
+    if not earlier or not {text, again} & {earlier[-1].read_text()}:
+        write_text(out / name, text)
     log = out / "log.jsonl"
     rows = log.read_text().splitlines(keepends=True) if log.exists() else []
     # later ones come again, and a half-written one
@@ -148,17 +151,21 @@ def plot(out):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     rows = rows_of(out / "log.jsonl")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     steps = [row["step"] for row in rows]
     for axis, names in zip(axes, (("denoise", "held_out"), ("align",))):
         for name in names:
-            axis.plot(steps, [row[name] for row in rows], label=name.replace("_", "-"))
+            mark = "." if len(rows) == 1 else None
+            axis.plot(steps, [row[name] for row in rows], label=name.replace("_", "-"), marker=mark)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend()
     axes[0].set(ylabel="mean squared error of the velocity", yscale="log")
+    for ticks in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        ticks(ScalarFormatter())  # 0.6, not 6 x 10^-1
     axes[1].set(ylabel="minus the mean cosine to the teacher")
     write_whole(out / "curves.png", lambda f: figure.savefig(f, format="png", dpi=120))
     plt.close(figure)
@@ -190,15 +197,18 @@ def told(text):
     tqdm.write(text, file=sys.stderr)
 
 
-def save_grid(images, names, path):
-    """Write uint8 [rows * columns, 3, H, W] as a PNG with names[row] before each row, enlarged to be seen."""
+def save_grid(images, names, path, classes=None):
+    """Write uint8 [rows * columns, 3, H, W] as a PNG with names[row] before each row, enlarged to be seen.
+
+    classes: the number of the class of each row, by default the row's own, where no font has the letters of its name.
+    """
     images = images.permute(0, 2, 3, 1).cpu().numpy()
     rows, side = len(names), images.shape[1]
     columns, zoom = len(images) // rows, max(1, 96 // side)
-    numbered = {name: f"row {row}" for row, name in enumerate(names, start=1) if not font_for(name)}
+    numbered = {name: f"class {i}" for name, i in zip(names, classes or range(rows)) if not font_for(name)}
     if numbered:
-        rows_are = ", ".join(f"{row}: {name}" for name, row in numbered.items())
-        told(f"note: no font here has the letters of some names, which are numbers in the grids: {rows_are}")
+        which = ", ".join(f"{number}: {name}" for name, number in numbered.items())
+        told(f"note: no font here has the letters of some names, which are numbers in the grids: {which}")
     names = [numbered.get(name, name) for name in names]
     cell = side * zoom + 4
     margin = int(max(font_for(name).getlength(name) for name in names)) + 16

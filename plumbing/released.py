@@ -86,7 +86,8 @@ def recognised(data, weights, released=None):
             raise ValueError(f"it is train.py's own: leave --released {released} out")
     if isinstance(settings, dict):
         if settings.get("method") not in method_names():
-            raise ValueError(f"its method is {settings.get('method')!r}, which is none of ours")
+            name = settings.get("method")
+            raise ValueError(f"its method is {name!r}, which is not there: put variants/{name}.py in its place")
         return method_named(settings["method"]), config, weights
     args = data.get("args")
     args = argparse.Namespace(**args) if isinstance(args, dict) else args

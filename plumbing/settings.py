@@ -16,7 +16,7 @@ from inputs.latents import VaeSource, settle_vae
 from inputs.teachers import TeacherSource
 from plumbing.checkpoints import listed, read_last
 from plumbing.files import one_line
-from plumbing.flags import add_flags, make_parser, takes_none
+from plumbing.flags import add_flags, early_parser, make_parser, takes_none
 from plumbing.methods import ALIGNMENTS, OWN, method_named, method_names
 
 # the data, the VAE and the teacher say what these are
@@ -69,7 +69,7 @@ class Run(VaeSource, TeacherSource):
     # run
     out: str = ""  # folder for this run, which must not exist; default: runs/METHOD-MODEL
     resume: bool = False  # continue from OUT/last.pt with its settings; flags given still win
-    plan: bool | int = False  # only say what this costs in memory, disk and time; with a number, at so many images/s
+    plan: bool | int = False  # only say what this costs in memory and disk; with a number, how long at so many images/s
     log_every: int = 100  # steps
     ckpt_every: int = 10_000  # steps
     keep: int = 2  # newest checkpoints kept by number, step-N.pt, beside last.pt
@@ -77,7 +77,7 @@ class Run(VaeSource, TeacherSource):
     sample_cfg: float = 1.0  # guidance scale of the grids; 1 is none
     tensorboard: bool = False  # the log and the grids also in OUT/tensorboard; pip install tensorboard
     wandb: str | None = None  # project of Weights & Biases that gets the log and the grids, too; pip install wandb
-    compile: bool | None = None  # torch.compile the blocks; default: on GPUs, and on CPUs from 1,000 steps on
+    compile: bool | None = None  # torch.compile the blocks; default: GPUs, CPUs from 1,000 steps on, not with --demo
     checkpoint_blocks: bool = False  # less memory: compute what is within each block twice, a third slower
     network: dict = field(default_factory=dict)  # the fields of the method's Config that are not as --model has them
 
@@ -94,14 +94,15 @@ class Run(VaeSource, TeacherSource):
 
 def resolve(argv=None, description=None):
     """argv -> (Run, its Method, the checkpoint to resume from or None). ValueError or OSError for what does not fit."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of the flags that say which others there are
-    for name in ("method", "model", "out"):
-        early.add_argument(f"--{name}")
+    early = early_parser("train.py", "method", "model", "out")
     for name in ("demo", "resume"):
         early.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
     chosen = early.parse_known_args(argv)[0]
     method = method_named(chosen.method or "irepa")
     model = chosen.model or method.TRAINING.get("model", Run.model)
+    known = {f.name for f in (*fields(Run), *fields(method.Config))}
+    if strange := {*method.TRAINING, *method.DEMO} - known:
+        raise ValueError(f"variants/{method.name}.py: TRAINING or DEMO has {min(strange)}, which is no setting")
     of = "" if method.name == "irepa" else f"{method.name.replace('_', '-')}-"
     demo = {**DEMO, "out": f"runs/{of}demo", **method.DEMO} if chosen.demo else {}
     out = Path(chosen.out or demo.get("out") or f"runs/{method.name}-{model.replace('/', '-')}")
@@ -236,6 +237,9 @@ def check(run, method):
             raise ValueError(f"{flag} must be finite, and is {value}")
         if name in finite and isinstance(value, int) and value < 0:
             raise ValueError(f"{flag} must not be negative, and is {value}")
+    for name in ("gamma", "proj_coeff"):
+        if (run.network.get(name) or 0) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, and is {run.network[name]}")
     if run.seed >= 2**63:
         raise ValueError(f"--seed must be below 2^63, not {run.seed}")
     if not all(0 <= share < 1 for share in (run.ema, run.ema2 or 0, run.beta2, run.network.get("class_dropout", 0))):

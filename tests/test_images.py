@@ -66,6 +66,18 @@ def broken_set(root):
     return root
 
 
+def test_images_of_the_same_names_and_sizes_are_others(tmp_path):
+    digests = set()
+    for name, turned in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            pixels = np.random.RandomState(i).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+            Image.fromarray(np.rot90(pixels, 2 * turned)).save(tmp_path / name / f"{i}.bmp")
+        digests.add(ImageSet(tmp_path / name, 8, progress=False).digest)
+        assert {file.stat().st_size for file in (tmp_path / name).iterdir()} == {246}
+    assert len(digests) == 2
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_the_next_image_stands_in_for_a_broken_one(tmp_path, monkeypatch, at_once):
     root = broken_set(tmp_path / "data")

@@ -2,10 +2,13 @@
 
 import hashlib
 import shutil
+import sys
 
 import pytest
 import torch
 
+import variants
+from plumbing import methods
 from plumbing.methods import method_named, method_names
 from tests.common import HERE, refused, rows_of, run
 from tests.processes import call
@@ -72,6 +75,39 @@ def test_a_new_method_is_one_new_file(tmp_path):
     after = sums(tree)
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {"variants/huber.py", "s.npz", "s.json"}
+
+
+@pytest.mark.parametrize(
+    "old,new,message",
+    [
+        ("@dataclass\n", "", "variants/mine.py: Config is no dataclass, so that its fields would not count"),
+        ("(irepa.Config)", "", "variants/mine.py: Config has no named(model, **fields)"),
+        ("delta: float = 1.0", "warmup: int = 3", "variants.mine: Config.warmup has the name of another flag"),
+        ("delta: float = 1.0  # errors", "lr: float = 1.0\n    # errors", "Config.lr has the name of another flag"),
+        ("float = 1.0  #", "list = None  #", "variants.mine: Config.delta is <class 'list'>, and a flag takes int"),
+        ("warmup=0", "stepz=5", "variants/mine.py: TRAINING or DEMO has stepz, which is no setting"),
+    ],
+)
+def test_a_mistaken_method_is_named(tmp_path, monkeypatch, capsys, old, new, message):
+    mine(tmp_path, monkeypatch, HUBER.replace(old, new))
+    assert message in refused(capsys, run, *DEMO, "--method", "mine", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_types_may_be_text(tmp_path, monkeypatch, capsys):
+    head = "from dataclasses import dataclass\n"
+    mine(tmp_path, monkeypatch, HUBER.replace(head, f"from __future__ import annotations\n\n{head}"))
+    with pytest.raises(SystemExit) as stop:
+        run("--method", "mine", "--help")
+    assert stop.value.code == 0 and "--delta X" in capsys.readouterr().out
+
+
+def mine(folder, monkeypatch, text):
+    """A method `mine` of this text."""
+    (folder / "mine.py").write_text(text)
+    monkeypatch.setattr(methods, "VARIANTS", folder)
+    monkeypatch.setattr(variants, "__path__", [str(folder)])
+    monkeypatch.delitem(sys.modules, "variants.mine", raising=False)
 
 
 def test_unknown_methods_are_named(capsys):

@@ -78,7 +78,17 @@ def test_the_papers_setting_needs_nothing(tmp_path, monkeypatch, capsys):
     assert stopped.value.code is None and not list(tmp_path.iterdir())
     for words in ("32 images at a time in each of 8 processes, on GPUs", "683M model, 85.7M teacher (dinov2_vitb14)"):
         assert words in said
-    assert "VAE" not in said and "7.11 hours for 102,400,000 images at 4,000 a second" in said
+    assert "102,400,000 images: each of ImageNet's 1,281,167 is seen 79.9 times" in said and "VAE" not in said
+    assert "7.11 hours at 4,000 images a second" in said
     monkeypatch.delenv("WORLD_SIZE")
     assert "takes images a second, not -1" in refused(capsys, run, "--plan", -1)
     assert "VAE (none with --latents)" in plan_of("--encoder", "efficientnet_lite0", "--model", "SiT-S/8")
+
+
+def test_a_plan_counts_the_images_at_hand(photos, tmp_path, capsys):
+    said = plan_of("--demo", "--data", photos, "--steps", 9)
+    assert "2 classes" in said and f"288 images: each of the 24 in {photos} is seen 12 times" in said
+    assert "ImageNet" not in said and f"B for the 24 in {photos}\n" in said and "--plan N says how long" in said
+    run("--demo", "--data", photos, "--out", tmp_path / "run", "--steps", 1, "--sample-every", 0)
+    assert f"{float(said.split('parameters')[1].split('M')[0]):.1f}M parameters, 23 images" in capsys.readouterr().out
+    assert "nowhere does not exist" in refused(capsys, run, "--demo", "--data", "nowhere", "--plan")

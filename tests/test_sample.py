@@ -80,6 +80,10 @@ def test_demo_then_sample(tmp_path, capsys):
         (["--npz", "new.npz"], "say how many images"),
         (["--labels", "12"], "classes are 0 to 9"),
         (["--labels", "circle,stra"], "'stra' is no class of this checkpoint; write random, balanced, numbers"),
+        (["--labels", "nosuch"], "numbers such as 3,7, or names such as circle, square, triangle"),
+        (["--num", "15"], "--num 15 does not fill 10 rows of a grid, one for each label: take a multiple of 10"),
+        (["--seed", "-1"], "--seed is 0 or more"),
+        (["--ckpt", out], f"it is a folder: {out}/last.pt"),
         (["--cfg", "-1"], "--cfg must not be negative"),
         (["--npz", "x.png", "--num", 2], "must end in .npz"),
         (["--num", 10**11], "GB left"),
@@ -125,11 +129,11 @@ def test_names_in_any_letters(tmp_path, monkeypatch, capsys):
     font.setupPost()
     font.save(tmp_path / "cats.ttf")
     cats = font_manager.FontEntry(fname=str(tmp_path / "cats.ttf"), name="Cats", style="normal", weight=400)
-    for there, said in (([cats], ""), ([], "numbers in the grids: row 4: 猫")):
+    for there, said in (([cats], ""), ([], "numbers in the grids: class 7: 猫")):
         records.font_for.cache_clear()
         monkeypatch.setattr(font_manager.fontManager, "ttflist", there + [font_manager.FontEntry(fonts[1].path)])
         for file in ("first.png", "second.png"):
-            records.save_grid(images, names, tmp_path / file)
+            records.save_grid(images, names, tmp_path / file, [0, 2, 5, 7])
         error = capsys.readouterr().err
         assert said in error and error.count("note") == (said != "")  # once
         assert (records.font_for("猫") is None) == (said != "")
@@ -173,8 +177,10 @@ def test_sampling_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
         return generate(model, labels, indices, *args, **settings)
 
     monkeypatch.setattr(sample, "generate", dies)
+    capsys.readouterr()
     with pytest.raises(KeyboardInterrupt):
         run_sample(*flags, tmp_path / "s.npz")
+    assert f"kept in {tmp_path}/s.npz.parts, and the same command goes on from it" in capsys.readouterr().out
     error = refused(capsys, run_sample, *flags, tmp_path / "s.npz", "--seed", 1)
     assert "unfinished samples with seed 0, not 1" in error
     part = tmp_path / "s.npz.parts/00000000.npy"

@@ -1,6 +1,8 @@
 """plumbing/settings.py: flags over presets over defaults, each knob once, and each mistake in one sentence."""
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -12,7 +14,7 @@ from plumbing.flags import comments_of
 from plumbing.methods import method_named, method_names
 from plumbing.processes import settle_compile
 from plumbing.settings import FOUND, Run, network_config, resolve
-from tests.common import RUN, refused, run, settings
+from tests.common import HERE, RUN, refused, run, run_sample, settings
 
 
 def network(*flags):
@@ -103,6 +105,9 @@ def test_a_flag_of_another_method_is_unknown(capsys):
         ("--image-size 128 --latents cache --flip", "--latents holds no mirrored ones"),
         ("--ema2 1", "--ema2 and --beta2 lie in [0, 1)"),
         ("--vae nowhere", "neither a file or folder"),
+        ("--gamma -1", "--gamma must not be negative, and is -1"),
+        ("--proj-coeff -0.5", "--proj-coeff must not be negative, and is -0.5"),
+        ("--encoder dinov2_vitb41", "unknown encoder 'dinov2_vitb41'; did you mean dinov2_vitb14? there are"),
         ("--image-size 132", "VAE's factor 8"),
     ],
 )
@@ -123,9 +128,31 @@ def test_what_the_surroundings_lack_is_said_before_a_run(photos, tmp_path, monke
     monkeypatch.setattr(torch, "compile", broken)
     said = refused(capsys, run, *flags, "--compile")
     assert "No working C++ compiler found): --no-compile goes without it" in said and "advice" not in said
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT" in refused(capsys, run, *flags)
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("RANK", "0")
     said = refused(capsys, run, *flags)
     assert "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start it with torchrun" in said
+
+
+@pytest.mark.parametrize(
+    "flags", [["--data", ""], ["--init", ""], ["--method", ""], ["--out="], ["--resume", "--out", ""]]
+)
+def test_an_empty_value_is_no_value(capsys, flags):
+    name = [flag for flag in flags if flag][-1].strip("=")
+    assert f"{name} has an empty value" in refused(capsys, run, "--demo", *flags)
+
+
+@pytest.mark.parametrize("flags", [["--ckpt", ""], ["--ckpt", "x.pt", "--export", ""], ["--ckpt="]])
+def test_an_empty_value_is_none_of_sampling_either(capsys, flags):
+    assert "has an empty value" in refused(capsys, run_sample, *flags)
+
+
+def test_who_reads_may_go():
+    program = "from plumbing.files import mistakes\nwith mistakes('p'):\n    for _ in range(10**5): print('x' * 99)"
+    ended = subprocess.run(f'"{sys.executable}" -c "{program}" | head -1', shell=True, capture_output=True, cwd=HERE)
+    assert ended.stdout == b"x" * 99 + b"\n" and not ended.stderr
 
 
 def test_blocks_are_compiled_where_it_pays(monkeypatch, capsys):

@@ -249,7 +249,7 @@ def test_a_run_goes_on_with_tokens_of_the_same_weights_alone(photos, cache, tmp_
         (dict(classes=["one"]), "some labels are of none of its 1 classes"),
         (dict(stand_ins=5), "manifest.json cannot be used"),
         (dict(stand_ins=[[0, 99]]), "its stand_ins are no pairs of images"),
-        (dict(files_sha256="0"), "files have other names or sizes"),
+        (dict(files_sha256="0"), "files have other names, sizes or contents"),
         (dict(dim=10**12), "tokens-00000.npy is damaged"),
     ],
 )

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 import sample
@@ -29,7 +30,7 @@ from irepa import Attention, Sampling
 from plumbing import records
 from plumbing.files import lock
 from plumbing.jobs import open_job
-from plumbing.processes import Noted, Ranks
+from plumbing.processes import Noted, Ranks, noted_signals
 from tests.common import (
     HERE,
     RUN,
@@ -94,6 +95,7 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, monkeypatch, capsys):
     assert "nothing to do" in refused(capsys, run, *again, "--steps", 6)
     run("--resume", "--out", tmp_path / "straight")
     assert same_weights(a["model"], weights(tmp_path / "straight"))
+    assert json.loads((tmp_path / "stopped/config-from-step-3.json").read_text())["steps"] == 6
     rows = [rows_of(tmp_path / name) for name in ("straight", "stopped")]
     assert [r["step"] for r in rows[0]] == [2, 4, 6] and [r["step"] for r in rows[1]] == [2, 3, 4, 6]
     assert rows[0][-1]["held_out"] == rows[1][-1]["held_out"]
@@ -259,6 +261,36 @@ def test_a_signal_ends_the_step_saves_and_exits_75(photos, tmp_path, monkeypatch
     assert signal.getsignal(number) == before and torch.load(tmp_path / "stopped/last.pt")["step"] == 2
     run("--resume", "--out", tmp_path / "stopped")
     assert same_weights(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
+    assert not list((tmp_path / "stopped").glob("config-from-step-*"))  # no setting is another
+
+
+def test_a_second_signal_ends_a_run_that_a_script_has_started(monkeypatch, capfd):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of what is started with & there
+    try:
+        with pytest.raises(KeyboardInterrupt), noted_signals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals == [signal.SIGINT]
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "once more" in capfd.readouterr().err
+
+
+def test_a_signal_ends_a_grid_and_leaves_no_half_of_it(photos, tmp_path, monkeypatch):
+    save = Image.Image.save
+
+    def stopped(image, file, *args, **settings):
+        if "samples" not in file.name:
+            return save(image, file, *args, **settings)
+        file.write(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1000)
+
+    monkeypatch.setattr(Image.Image, "save", stopped)
+    with pytest.raises(SystemExit) as stop:
+        run(*RUN, "--data", photos, "--out", tmp_path / "run", "--sample-every", 2)
+    assert stop.value.code == 75 and torch.load(tmp_path / "run/last.pt")["step"] == 2
+    assert not list((tmp_path / "run/samples").iterdir())
 
 
 def test_workers_that_give_nothing_keep_no_run(photos, tmp_path, monkeypatch, capsys):
