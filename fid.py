@@ -7,8 +7,8 @@
 
 An image set is an .npz with arr_0 (uint8, N x H x W x 3), or a folder or a .zip of images, at any depth. Statistics,
 an .npz or torch-fidelity's .pt with mu, sigma and, for sFID, mu_s, sigma_s, are used as they are; where such a file
-also has arr_0, as the standard references do, precision and recall come from that. The standard reference and
-admnet_guided_upsampled_imagenet256 give FID 3.943, sFID 6.140, IS 215.84, precision 0.8265, recall 0.5309.
+also has arr_0, as the standard references do, precision and recall come from that. Published for the standard
+reference and admnet_guided_upsampled_imagenet256: FID 3.943, sFID 6.140, IS 215.84, precision 0.8265, recall 0.5309.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python train.py --data photos.zip --image-size 32 --model SiT-S/4 --steps 20000 --out runs/photos
     python train.py --resume --out runs/photos                    goes on from runs/photos/last.pt, with its settings
     torchrun --nproc_per_node=8 -m inputs.latents --data data/imagenet/train --out data/imagenet/latents-256
-    torchrun --nproc_per_node=8 train.py --encoder dinov2_vitb14 --latents data/imagenet/latents-256
+    torchrun --nproc_per_node=8 train.py --encoder dinov2_vitb14 --latents data/imagenet/latents-256 --no-ema-warmup
                                                                   the paper's setting
 
 OUT holds config.json (every setting, versions), log.jsonl (a line each --log-every steps), samples/ (grids from the

@@ -70,7 +70,7 @@ def against(curves, base):
 def interval(values):
     """95 % interval of the mean of a few seeds' values, by Student's t; None for fewer than three.
 
-    Of a bootstrap's, which draws seeds again, only three in four hold the mean of a normal variable at four seeds.
+    Of a bootstrap's, which draws seeds again, only four in five hold the mean of a normal variable at four seeds.
     """
     values = [*values]
     if len(values) < 3:
@@ -104,9 +104,9 @@ def speedup(curve, base):
 # ---- Table and curves ----
 
 
-def mean_and_interval(values, digits, scale=1.0):
+def mean_and_interval(values, digits):
     """Mean [95 % interval] of some numbers, a dash of none."""
-    values = [scale * value for value in values]
+    values = [*values]
     around = interval(values)
     text = f"{statistics.mean(values):.{digits}f}" if values else "–"
     return text + (f" [{around[0]:.{digits}f}, {around[1]:.{digits}f}]" if around else "")
@@ -148,16 +148,17 @@ def speedups(runs, step, facts, base):
     rows = []
     for name in facts["of_real"]:
         done = [run for run in runs if step in run["distance"].get(name, ())]
-        speed = {run["arm"]: [] for run in done}
-        for run in done:
-            speed[run["arm"]].append(run["images_per_s"])
-        for arm in speed:
+        speed = {(run["arm"], run["seed"]): run["images_per_s"] for run in done}
+        for arm in dict.fromkeys(run["arm"] for run in done):
             own, others = (by_seed(done, which, lambda run: run["distance"][name]) for which in (arm, base))
-            times = [speedup(own[seed], others[seed]) for seed in own if seed in others]
+            times = {seed: speedup(own[seed], others[seed]) for seed in own if seed in others}
             if arm != base and times:
-                short = times.count(None)
-                cost = statistics.median(speed[arm]) / statistics.median(speed[base])
-                cells = [f"not reached by {short}" if short else mean_and_interval(times, 2, x) for x in (1, cost)]
+                short = [*times.values()].count(None)
+                costs = {seed: speed[arm, seed] / speed[base, seed] for seed in times}  # of steps that take longer
+                cells = [f"not reached by {short}"] * 2
+                if not short:
+                    seconds = [times[seed] * costs[seed] for seed in times]
+                    cells = [mean_and_interval(values, 2) for values in (times.values(), seconds)]
                 rows.append([name, arm, str(len(times)), *cells])
     if not rows:
         return ""

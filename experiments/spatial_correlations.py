@@ -156,7 +156,7 @@ def verdict(order, untrained):
     metrics = ", ".join(f"{LABELS[m]} {r[m]}" for m in r if m != "accuracy")
     words = (
         f"Over the {len(table)} published encoders FID falls as the metrics rise (Pearson r {metrics}; accuracy"
-        f" {r['accuracy']}): of two trained encoders the one ranked higher here is the likelier good teacher. This is"
+        f" {r['accuracy']}): of two such encoders the one ranked higher here is the likelier good teacher. This is"
         " a correlation, measured for SiT-XL/2 with REPA after 100K steps and on other images: no cause, no forecast of"
         " a FID, and nothing about untrained features."
     )

@@ -48,7 +48,7 @@ def pick_device(name):
 
 def keep_memory():
     """Let glibc keep what is freed for the tensors to come. It would give large ones back to the kernel at once and get
-    them again, zeroed page by page, in each step: a tenth of its time, a sixth where nothing is compiled."""
+    them again, zeroed page by page, in each step: an eighth of its time, a sixth where nothing is compiled."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # not in musl
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: none lies outside the heap
@@ -136,7 +136,7 @@ def mixed(device, bf16):
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
-COMPILED_FROM = 1000  # steps on a CPU: compiling takes 20 to 40 s there, and saves a quarter of each step
+COMPILED_FROM = 1000  # steps on a CPU: compiling takes 10 to 20 s there, and saves a quarter of each step
 
 
 def settle_compile(wanted, device, steps=0):

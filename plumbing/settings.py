@@ -34,7 +34,7 @@ DEMO = dict(
 
 @dataclass
 class Run(VaeSource, TeacherSource):
-    """The run's own knobs. The defaults are the paper's setting, but for ema_warmup."""
+    """The run's own knobs. The defaults are the paper's setting, but for ema_warmup and the teacher."""
 
     # method
     method: str = "irepa"  # irepa: conv, spatial norm; repa: mlp; sit: none; or a file of variants/

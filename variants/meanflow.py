@@ -21,7 +21,9 @@ depth, coefficient nor rows:
   - the tokens of the ordinary forward at (x_t, r, t) are aligned, of all rows, at irepa.py's depth and coefficient;
     no projector runs in the passes for guidance and du/dt, which make targets only;
   - which rows have r < t is fixed by their place in the batch (see draw_times), and label drops do not depend on it.
-    In the official JAX code both are the first rows, so that the null class hardly ever sees r < t.
+    In the official JAX code both are the first rows, so that the null class hardly ever sees r < t;
+  - gradients are clipped at norm 1 and the passes are under bf16 autocast, as in the other recipes: that code does
+    neither (--clip none --precision fp32).
 
 What du/dt costs: torch's fast attention kernels have no forward mode, on CPUs and on GPUs, so the jvp runs on
 SDPBackend.MATH, which holds the T x T attention, and not through torch.compile. It runs without gradient and on the
