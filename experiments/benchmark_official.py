@@ -36,7 +36,7 @@ class Theirs:
         try:
             net.load_state_dict(ours.model.state_dict())
         except RuntimeError as e:  # its S sizes have a last layer of width 768, and cannot run
-            raise ValueError(f"the release's {name} is another network: {one_line(e)[:300]}") from e
+            raise ValueError(f"the release's {name} is another network: {one_line(e, 300)}") from e
         self.net, self.ours = net.to(ours.device).train(), ours
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.criterion = SILoss(projection_loss_type="cosine", proj_coeff="1.0")

@@ -168,5 +168,5 @@ def load_lpips(weights, device):
         state = read_pt(weights)
         net.net.load_state_dict({k: state[f"features.{k.split('.', 1)[1]}"] for k in net.net.state_dict()})
     except Exception as e:  # pickle, key and shape errors have no common class
-        raise ValueError(f"--lpips {weights} does not hold torchvision's VGG16 ({one_line(e)[:200]}): {hint}") from e
+        raise ValueError(f"--lpips {weights} does not hold torchvision's VGG16 ({one_line(e, 200)}): {hint}") from e
     return net.requires_grad_(False).to(device)

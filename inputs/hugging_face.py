@@ -49,7 +49,7 @@ def rows_of_disk(path):
     try:
         rows = datasets.load_from_disk(path)
     except Exception as e:  # of arrow, json and files, which have no common class
-        raise ValueError(f"{shown(path)} is no folder of datasets.save_to_disk ({one_line(e)[:300]})") from e
+        raise ValueError(f"{shown(path)} is no folder of datasets.save_to_disk ({one_line(e, 300)})") from e
     return by_column(path, "a Hugging Face folder", rows, [])
 
 
@@ -64,7 +64,7 @@ def rows_of_parquet(path, files):
     try:
         rows = datasets.Dataset.from_parquet(files)
     except Exception as e:  # of parquet, arrow and files, which have no common class
-        raise ValueError(f"{shown(path)} cannot be read as parquet ({one_line(e)[:300]})") from e
+        raise ValueError(f"{shown(path)} cannot be read as parquet ({one_line(e, 300)})") from e
     cache = {os.path.dirname(entry["filename"]) for entry in rows.cache_files}
     size = sum(os.path.getsize(entry["filename"]) for entry in rows.cache_files) / 2**20
     notes = [f"datasets keeps a copy of {size:.0f} MiB in {', '.join(sorted(cache))}"] if cache else []
@@ -95,7 +95,7 @@ def by_column(path, kind, rows, notes):
     try:
         rows = rows.cast_column(image, datasets.Image(decode=False))
     except Exception as e:  # arrow's own, of a column of something else
-        raise ValueError(f"{shown(path)}: its column {image} holds no images ({one_line(e)[:200]})") from e
+        raise ValueError(f"{shown(path)}: its column {image} holds no images ({one_line(e, 200)})") from e
     files, source = [f"row {i}" for i in range(len(rows))], Rows(path, rows, image)
     if not label:
         notes = [*notes, f"no column label or fine_label (there are {columns})"]

@@ -85,7 +85,7 @@ def read_json(path, text):
         pairs = json.loads(text)["labels"]
         return None if pairs is None else {str(name).replace("\\", "/"): label for name, label in pairs}
     except (ValueError, TypeError, KeyError) as e:
-        raise ValueError(f"{shown(path)}: its dataset.json cannot be read ({one_line(e)[:200]})") from e
+        raise ValueError(f"{shown(path)}: its dataset.json cannot be read ({one_line(e, 200)})") from e
 
 
 def by_json(path, images, text):

@@ -147,7 +147,7 @@ class Files:
         try:
             first = np.load(self.where(0), mmap_mode="r", allow_pickle=False)
         except Exception as e:  # a damaged header makes numpy raise anything
-            raise ValueError(f"{self.where(0)} is no .npy file of numbers ({one_line(e)[:200]})") from e
+            raise ValueError(f"{self.where(0)} is no .npy file of numbers ({one_line(e, 200)})") from e
         if not first.flags.c_contiguous:
             raise ValueError(f"{self.where(0)} holds its numbers in Fortran's order")
         self.shape, self.dtype = first.shape, first.dtype
@@ -183,7 +183,7 @@ class HuggingFace:
         try:
             rows = datasets.load_from_disk(self.path)
         except Exception as e:  # json, Arrow and schema errors have no common class
-            raise ValueError(f"--latents {path} cannot be read by datasets ({one_line(e)[:200]})") from e
+            raise ValueError(f"--latents {path} cannot be read by datasets ({one_line(e, 200)})") from e
         if "data" not in rows.column_names:
             raise ValueError(f"--latents {path} has the columns {', '.join(rows.column_names)}, and no data")
         self.rows = rows.select_columns("data").with_format("arrow")
@@ -202,7 +202,7 @@ class HuggingFace:
                 column = inner
             found = column.to_numpy(zero_copy_only=False).reshape(len(indices), *shape)
         except Exception as e:  # Arrow's errors have no common class
-            raise BrokenImage(f"{self.path}: rows {indices[0]} and after cannot be read ({one_line(e)[:200]})") from e
+            raise BrokenImage(f"{self.path}: rows {indices[0]} and after cannot be read ({one_line(e, 200)})") from e
         return found[:, 0] if len(shape) == 4 and shape[0] == 1 else found
 
 

@@ -190,7 +190,7 @@ def load_labels(path):
     try:
         return np.load(Path(path) / "labels.npy", allow_pickle=False)
     except Exception as e:  # a damaged header makes numpy raise anything
-        raise ValueError(f"{path}/labels.npy cannot be read ({one_line(e)[:200]})") from e
+        raise ValueError(f"{path}/labels.npy cannot be read ({one_line(e, 200)})") from e
 
 
 def labels_of(path, manifest, data):
@@ -225,7 +225,7 @@ class Recorded:
         try:
             self.files = json.loads((Path(path) / "files.json").read_text())
         except (OSError, ValueError) as e:
-            raise ValueError(f"{path}/files.json cannot be read ({one_line(e)[:200]})") from e
+            raise ValueError(f"{path}/files.json cannot be read ({one_line(e, 200)})") from e
         if not len(self.files) == len(self.labels) == manifest["count"] or self.labels.dtype != np.int64:
             raise ValueError(f"{path} is damaged: names, labels and count do not belong together")
         if not ((self.labels >= 0) & (self.labels < len(self.classes))).all():

@@ -243,7 +243,7 @@ class Teacher(nn.Module):
                 if state is not None:
                     fit(network, state, whole)
             except Exception as e:  # timm's renaming of a file that is none of its own raises anything
-                raise ValueError(f"{name}: {weights} does not fit the model ({one_line(e)[:300]})") from e
+                raise ValueError(f"{name}: {weights} does not fit the model ({one_line(e, 300)})") from e
 
         def renamed(state, network):
             if own:
@@ -267,7 +267,7 @@ class Teacher(nn.Module):
                 build(entry.timm_id, self.grid, self.side)
         except Exception as e:  # of sizes that the network cannot take: each has its own
             raise ValueError(
-                self.refused(name, f"cannot be built for images of {self.side} px ({one_line(e)[:200]})")
+                self.refused(name, f"cannot be built for images of {self.side} px ({one_line(e, 200)})")
             ) from e
         try:
             repo = getattr(timm.models.get_pretrained_cfg(entry.timm_id), "hf_hub_id", None)
@@ -275,7 +275,7 @@ class Teacher(nn.Module):
                 downloaded(repo, "model.safetensors", "pytorch_model.bin")
             return seeded(lambda: build(entry.timm_id, self.grid, self.side, fill, pretrained=weights is None))
         except (OSError, RuntimeError) as e:  # of the network and of the hub
-            raise ValueError(f"{name} cannot be downloaded ({one_line(e)[:300]}): {fetch}") from e
+            raise ValueError(f"{name} cannot be downloaded ({one_line(e, 300)}): {fetch}") from e
 
     def check(self, name, weights):
         """ValueError where the tokens have another shape, or are not finite."""
@@ -283,7 +283,7 @@ class Teacher(nn.Module):
         try:
             got = self(images)
         except Exception as e:  # of sizes that the network cannot take: each has its own
-            raise ValueError(self.refused(name, f"takes no images of {self.side} px ({one_line(e)[:200]})")) from e
+            raise ValueError(self.refused(name, f"takes no images of {self.side} px ({one_line(e, 200)})")) from e
         if got.shape[1:] != (self.grid**2, self.dim):
             raise ValueError(self.refused(name, f"gives {list(got.shape[1:])} at {self.side} px"))
         if not torch.isfinite(got).all():

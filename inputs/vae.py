@@ -86,7 +86,7 @@ def load_vae(name, weights=None, device="cpu", bf16=False):
     except Exception as e:  # network, hub, format and shape errors have no common class
         fetch = f": fetch huggingface.co/{VAES.get(name)} and name its folder after --vae"
         hint = f"{fetch}; below 128 px (--image-size 64) there is none by default" if name in VAES else ""
-        raise ValueError(f"--vae {name} cannot be loaded ({one_line(e)[:300]}){hint}") from e
+        raise ValueError(f"--vae {name} cannot be loaded ({one_line(e, 300)}){hint}") from e
     digest = hashlib.sha256()
     for key, value in sorted(vae.state_dict().items()):
         digest.update(key.encode() + value.numpy().tobytes())
@@ -154,7 +154,7 @@ def read_stats(path, channels):
         scale, bias = (torch.as_tensor(data[k]).flatten().tolist() for k in ("latents_scale", "latents_bias"))
     except Exception as e:  # pickle, zip and key errors have no common class
         raise ValueError(
-            f"--latent-scale {path} is no file of latents_scale and latents_bias: {one_line(e)[:300]}"
+            f"--latent-scale {path} is no file of latents_scale and latents_bias: {one_line(e, 300)}"
         ) from e
     if len(scale) != channels or len(bias) != channels or not np.isfinite(scale + bias).all() or 0 in scale:
         raise ValueError(f"--latent-scale {path}: {channels} finite scales and biases are needed, not {scale}, {bias}")

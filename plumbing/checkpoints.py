@@ -64,7 +64,7 @@ def open_checkpoint(path, /, ema=True, released=None, **overrides):
         with torch.device("meta"):  # no initialisation: every tensor comes from the file
             model = method.model(config)
     except WRONG as e:
-        raise ValueError(f"{path}: no config fits its tensors: {one_line(e)[:300]}") from e
+        raise ValueError(f"{path}: no config fits its tensors: {one_line(e, 300)}") from e
     fits(path, weights, model.state_dict())
     model.load_state_dict({k: v.float().clone() for k, v in weights.items()}, assign=True)
     return model.requires_grad_(False).eval(), config, method, data
@@ -103,7 +103,7 @@ def understood(path, data, ema, released=None):
         known = {f.name for f in fields(method.Config)}
         gone = {k: v for k, v in settings.items() if k not in known}
     except WRONG as e:
-        raise ValueError(f"{path}: {one_line(e)[:300]}") from e
+        raise ValueError(f"{path}: {one_line(e, 300)}") from e
     if gone and is_first():
         print(f"note: {path} was trained with {listed(gone)}, which this version does not know and goes without")
     return method, {k: v for k, v in settings.items() if k in known}, weights

@@ -19,14 +19,16 @@ from safetensors import safe_open
 OURS = "irepa"  # in the metadata of a .safetensors, before what a checkpoint holds beside its tensors
 
 
-def one_line(error):
-    """An error's text on one line, for a person."""
+def one_line(error, most=None):
+    """An error's text on one line, for a person; of a longer one the first `most` characters and …"""
     text = str(error).strip()
     if "Original Traceback" in text:  # of a DataLoader's worker: what it said, without the name of the class
         text = text.splitlines()[-1].partition(": ")[2]
     text = " ".join(text.split())
     if isinstance(error, KeyError) and isinstance(error.args[0], str):
         return f"{text} is missing"
+    if most and len(text) > most:
+        text = f"{text[:most].rpartition(' ')[0] or text[:most]} …"
     return text or type(error).__name__
 
 
@@ -69,9 +71,9 @@ def write_whole(path, save):
             os.fsync(f.fileno())
         os.replace(f"{path}.tmp", path)
     except RuntimeError as e:  # torch.save's own for a full disk
-        raise OSError(f"{path} cannot be written (the disk is full, or fails: {one_line(e)[:200]})") from e
+        raise OSError(f"{path} cannot be written (the disk is full, or fails: {one_line(e, 200)})") from e
     except OSError as e:
-        raise OSError(f"{path} cannot be written ({one_line(e)[:200]})") from e
+        raise OSError(f"{path} cannot be written ({one_line(e, 200)})") from e
     finally:
         Path(f"{path}.tmp").unlink(missing_ok=True)
 
@@ -142,7 +144,7 @@ def downloaded(repo, *names):
         try:
             utils.get_session().head(constants.ENDPOINT, timeout=20)
         except Exception as e:  # the library beneath it, and its errors, change with the version
-            raise OSError(f"{constants.ENDPOINT} cannot be reached: {one_line(e)[:200]}") from e
+            raise OSError(f"{constants.ENDPOINT} cannot be reached: {one_line(e, 200)}") from e
     return False
 
 
@@ -172,4 +174,4 @@ def read_pt(path):
         why = f"; it would call {name[1]}" if name else ""
         raise ValueError(f"{path} is refused: it is no file of tensors, or would run code when loaded{why}") from e
     except Exception as e:  # the readers of zip, pickle and tensors raise anything on a damaged file
-        raise ValueError(f"{path} is damaged, or no file of tensors ({type(e).__name__}: {one_line(e)[:200]})") from e
+        raise ValueError(f"{path} is damaged, or no file of tensors ({type(e).__name__}: {one_line(e, 200)})") from e

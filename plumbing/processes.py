@@ -151,7 +151,7 @@ def settle_compile(wanted, device, steps=0):
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as e:  # compilers, their headers and drivers fail in any way
-        why = one_line(str(e).strip().partition("\n")[0])[:300]
+        why = one_line(str(e).strip().partition("\n")[0], 300)
         if wanted is None and device.type == "cpu":
             if is_first():
                 print(f"note: blocks are not compiled, which would save a quarter of the time: {why}")

@@ -189,7 +189,9 @@ def saved_settings(out):
     if out.is_file():
         raise FileNotFoundError(f"--resume: {out} is a file; --out takes the run's folder: --out {out.parent}")
     if not out.is_dir():
-        raise FileNotFoundError(f"--resume: {out} does not exist; name the run with --out, or leave --resume out")
+        runs = sorted(str(file.parent) for file in Path("runs").glob("*/last.pt"))
+        hint = f" (there are {', '.join(runs)})" if runs else ""
+        raise FileNotFoundError(f"--resume: {out} does not exist; name the run with --out{hint}, or leave --resume out")
     if (out / "last.pt").exists() or any(out.glob("step-*.pt")):  # a lost last.pt is no reason to start anew
         checkpoint = read_last(out)
         return todays(checkpoint["settings"]), checkpoint

@@ -63,7 +63,7 @@ def open_wandb(run, record, start):
         tracked = wandb.init(**where, resume="allow", config=record)
     except Exception as e:  # of logging in, of the network and of its service
         more = "WANDB_MODE=offline keeps it here"
-        raise Untracked(f"--wandb {run.wandb} cannot begin: {one_line(e)[:300]}; {more}") from e
+        raise Untracked(f"--wandb {run.wandb} cannot begin: {one_line(e, 300)}; {more}") from e
     tracked.define_metric("*", step_metric="step")  # after a crash some come again, which wandb's own count forbids
 
     def picture(step, name, file):

@@ -119,6 +119,9 @@ def test_a_users_mistake_is_one_sentence_and_exit_2(photos, tmp_path, capsys, fl
 def test_what_the_surroundings_lack_is_said_before_a_run(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "or try --demo" in refused(capsys, run)  # before a VAE is fetched
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/last.pt").touch()
+    assert "name the run with --out (there are runs/mine)" in refused(capsys, run, "--resume")
     flags = [*RUN, "--data", photos, "--out", tmp_path / "run"]
     assert "--batch 3; did you mean --batch-size?" in refused(capsys, run, *flags, "--batch", 3)
 

@@ -203,7 +203,7 @@ def stored_vae(data, model, device, given=None):
         vae.load_state_dict(data["vae"])
         spec = latent_spec(model, data["latent"])
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as e:
-        raise ValueError(f"the checkpoint's VAE cannot be used: {one_line(e)[:300]}") from e
+        raise ValueError(f"the checkpoint's VAE cannot be used: {one_line(e, 300)}") from e
     return Latents(vae.eval().requires_grad_(False).to(device), spec)
 
 
