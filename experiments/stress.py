@@ -41,7 +41,7 @@ from plumbing.records import rows_of
 ROOT = Path(__file__).parent.parent
 TRAIN = (
     "train.py --image-size 16 --model SiT-S/4 --hidden-size 64 --depth 2 --num-heads 2 --batch-size 8 --lr 1e-3"
-    " --device cpu --precision fp32 --sample-every 0"
+    " --device cpu --precision fp32 --sample-every 0 --no-compile"
 ).split()
 
 
