@@ -315,7 +315,7 @@ def train(job, signals):
                 shown += " {images_per_s:.0f} img/s, teacher {teacher:.0%}"
                 bar.set_postfix_str(shown.format(**row))
         if first:
-            with meter.paused():
+            with meter.paused(bar):
                 if done % run.ckpt_every == 0 or last:
                     saved = save(learner, stored, done, meter)
                 drawn = run.sample_every and (done % run.sample_every == 0 or last)
@@ -323,7 +323,6 @@ def train(job, signals):
                     bar.set_description("drawing a grid of samples")
                     signals.until_stopped(warned, lambda: draw(averages["ema"], learner, samples, done, trackers))
                     bar.set_description()
-                    bar.unpause()  # or it would count as a step's time
                 if (drawn or last) and log.stat().st_size:
                     warned(lambda: plot(out))
     bar.close()

@@ -76,11 +76,15 @@ class Meter:
                 )
 
     @contextmanager
-    def paused(self):
-        """What is not training stays out of the seconds and of the images/s."""
-        self.seconds += time.time() - self.clock
+    def paused(self, bar=None):
+        """What is not training stays out of the seconds, of the images/s, and of what the bar expects."""
+        began = time.time()
+        self.seconds += began - self.clock
         yield
         self.clock = time.time()
+        if bar:
+            bar.start_t += self.clock - began
+            bar.last_print_t += self.clock - began
 
 
 # ---- The log ----
