@@ -15,7 +15,7 @@ from plumbing.processes import is_first
 from plumbing.released import recognised, weights_of
 
 STATS = "pretrained_models/sdvae-ft-mse-f8d4-latents-stats.pt"
-WRONG = (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError, AttributeError)  # shapes, names
+WRONG = (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RuntimeError, AttributeError)  # shapes, names
 
 
 def read_checkpoint(path):
