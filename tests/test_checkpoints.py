@@ -74,7 +74,7 @@ def test_bad_checkpoints_are_named_errors(tmp_path):
         with pytest.raises(ValueError, match=name):
             load_checkpoint(tmp_path / name)
     refused(dict(ema=state, config=dict(asdict(Config(**TINY)), num_heads=0)), "num_heads must be positive")
-    huge = dict(asdict(Config(**TINY)), encoder_dim=2**80)
+    huge = dict(asdict(Config(**TINY)), input_size=2**80)
     refused(dict(ema=state, config=huge), "no config fits its tensors")
     odd = {**state, "projectors.1.projection_layer.weight": torch.ones(3)}
     refused(dict(ema=odd), "surplus projectors.1")
