@@ -339,9 +339,11 @@ def open_comparison(args, run, facts_of=lambda data, device: {}):
     device, out = pick_device(args.device), Path(args.out)
     jobs.ImageSet = functools.lru_cache(1)(ImageSet)  # the runs' too: decoding CIFAR-10 takes ten seconds
     size, skip = run.image_size, run.skip_broken
-    data = jobs.ImageSet(args.data, size, skip, True) if args.data else Shapes(size, 10_000)
+    data = jobs.ImageSet(args.data, size, skip, needed=True, later=True) if args.data else Shapes(size, 10_000)
     if len(data.classes) < 2 and not args.inception:
         raise ValueError(f"{args.data} is of one class: FD-classifier needs two, FID --inception FILE")
+    if args.data:
+        data.decode_all()
     also = facts_of(data, device)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, wait=True):

@@ -73,8 +73,8 @@ class ImageSet:
     Sets of up to IN_MEMORY bytes are decoded once. An image that cannot be decoded raises BrokenImage, of up to
     CHECK_ALL images (or with check_all) at once; with skip_broken the next one that can be stands in for it, with its
     label: of those that train, for one that trains, and else a held-out one. needed: whether any is to be decoded;
-    later: not before decode_beforehand() is called. ValueError or FileNotFoundError, with what to do, where there is
-    nothing to train on.
+    later: not before decode_all() is called. ValueError or FileNotFoundError, with what to do, where there is nothing
+    to train on.
     """
 
     def __init__(self, path, size, skip_broken=False, progress=True, check_all=False, needed=True, later=False):
@@ -82,24 +82,23 @@ class ImageSet:
         self.kind, self.files, self.labels, self.classes, self.source, self.notes = listing(path)
         self.images, self.instead, self.broken = None, {}, []  # instead: broken image -> the one that stands in
         self.quick = needed and len(self) * 3 * size**2 <= IN_MEMORY
-        self.all_first = self.quick or check_all or (needed and len(self) <= CHECK_ALL)
+        self.unseen = self.quick or check_all or (needed and len(self) <= CHECK_ALL)  # all are yet to be decoded
         if not later:
-            self.decode_beforehand(progress)
+            self.decode_all(progress)
 
     def __str__(self):
         """What it was taken for, and what is left out: a line for the start of a run."""
         many = f"{len(self)} images in {len(self.classes)} class{'es' if len(self.classes) > 1 else ''}"
-        return "; ".join([f"{shown(self.path)}: {self.kind}, {many}", *self.notes])
+        broken = [f"{len(self.broken)} cannot be decoded, another stands in for each"] if self.broken else []
+        return "; ".join([f"{shown(self.path)}: {self.kind}, {many}", *self.notes, *broken])
 
-    def decode_beforehand(self, progress=True):
-        """What is to be decoded before the first batch."""
+    def decode_all(self, progress=True):
+        """Decode every file once, where that comes before the first batch: broken ones show up now. Their pixels go
+        into self.images where these are kept."""
+        if not self.unseen:
+            return
         if self.quick:
             self.images = np.empty((len(self), self.size, self.size, 3), np.uint8)
-        if self.all_first:
-            self.decode_all(progress)
-
-    def decode_all(self, progress):
-        """Decode every file once: broken ones show up now. Their pixels go into self.images where these are kept."""
 
         def work(i):
             try:
@@ -127,6 +126,7 @@ class ImageSet:
                 self.instead[i], self.labels[i] = j, self.labels[j]
                 if self.images is not None:
                     self.images[i] = self.images[j]
+        self.unseen = False
 
     @functools.cached_property
     def digest(self):

@@ -109,8 +109,8 @@ def open_job(argv, description, Learner):
         same_run(run, config, data, spec, checkpoint)
     elif run.init:
         initial, latent = start_from(run, method, config, data, latent, device)
-    if hasattr(images, "decode_beforehand"):  # last, as it takes minutes
-        images.decode_beforehand(is_first())
+    if hasattr(images, "decode_all"):  # last, as it takes minutes
+        images.decode_all(is_first())
     if is_first():
         for sentence in said:
             print(sentence)
@@ -135,7 +135,7 @@ def open_images(run, tokens, aligned):
             return Recorded(run.latents, manifest_of(run.latents))
     run.data = run.data or DATA
     if not Labels.takes(run.data):
-        return ImageSet(run.data, run.image_size, run.skip_broken, is_first(), needed=needed, later=True)
+        return ImageSet(run.data, run.image_size, run.skip_broken, needed=needed, later=True)
     if not run.latents:
         raise ValueError(f"{run.data} holds labels alone, which go with --latents")
     if needed:

@@ -40,8 +40,10 @@ def compare(data, out, *flags):
 
 
 def test_each_teacher_has_its_row_and_the_same_runs(tiny, tmp_path, capsys, monkeypatch):
-    titles = ["hog", "pixels", "timm:test_vit=0", "hog+0.5", "timm:test_vit=10"]
+    titles, decode, decoded = ["hog", "pixels", "timm:test_vit=0", "hog+0.5", "timm:test_vit=10"], ImageSet.decode, []
+    monkeypatch.setattr(ImageSet, "decode", lambda data, i: decoded.append(i) or decode(data, i))
     result = compare(tiny, tmp_path / "out", "--seeds", "0", "--teachers", *titles)
+    assert sorted(decoded) == [*range(240)]  # once for all runs
     assert [*result["teachers"]] == titles and {*result["teachers"]["hog"]} >= {"accuracy", "lds", "cds", "rmsc"}
     wanted = [(None, "sit"), *((title, arm) for title in titles for arm in ("repa", "irepa"))]
     assert [(run["teacher"], run["arm"]) for run in result["runs"]] == wanted
