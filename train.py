@@ -35,7 +35,7 @@ from irepa import draws, stream
 from plumbing.checkpoints import hold_folder
 from plumbing.files import as_program, mistakes
 from plumbing.jobs import begin_log, finish, names_of, open_job, save
-from plumbing.processes import Stopped, compile_blocks, is_first, noted_signals, read_ahead, start_ranks
+from plumbing.processes import compile_blocks, is_first, noted_signals, read_ahead, start_ranks
 from plumbing.records import Meter, append, plot, progress, save_grid, save_progress, to_uint8, warned
 from plumbing.trackers import Untracked
 from sample import generate
@@ -84,12 +84,8 @@ def fetch(incoming, count, signals):
     """-> (the `count` parts of the next step, how many images in them stand in for others, None), or the error that
     bars it in the last place; nothing where a signal comes first."""
     try:
-        signals.waiting = True
-        parts = list(itertools.islice(incoming, count))
-        signals.waiting = False
+        parts = signals.until_stopped(list, itertools.islice(incoming, count)) or ()
         return parts, sum(batch.replaced for _, batch in parts), None
-    except Stopped:
-        return (), 0, None
     except (BrokenImage, OSError) as broken:
         return (), 0, broken.with_traceback(None)  # which would hold the loader, and it its workers
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 from scipy.stats import t
 
 import fid
 from plumbing.files import lock, write_text
-from plumbing.records import rows_of, save_grid, versions
+from plumbing.records import plain_ticks, rows_of, save_grid, versions
 
 
 def collect(args):
@@ -154,10 +153,9 @@ def speedups(runs, step, facts, base):
             times = {seed: speedup(own[seed], others[seed]) for seed in own if seed in others}
             if arm != base and times:
                 short = [*times.values()].count(None)
-                costs = {seed: speed[arm, seed] / speed[base, seed] for seed in times}  # of steps that take longer
                 cells = [f"not reached by {short}"] * 2
-                if not short:
-                    seconds = [times[seed] * costs[seed] for seed in times]
+                if not short:  # fewer steps, each of which takes longer
+                    seconds = [times[seed] * speed[arm, seed] / speed[base, seed] for seed in times]
                     cells = [mean_and_interval(values, 2) for values in (times.values(), seconds)]
                 rows.append([name, arm, str(len(times)), *cells])
     if not rows:
@@ -196,8 +194,7 @@ def plot(runs, arms, facts, base, path):
                 axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=f"C{i}", alpha=0.15, lw=0)
                 ends.append((mean[-1], steps[-1], arm, f"C{i}"))
         axis.set(xlabel="step", ylabel=label, yscale="linear" if "minus" in label else "log")
-        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            ticks(ScalarFormatter())  # 0.4, not 4 x 10^-1
+        plain_ticks(axis.yaxis)
         axis.grid(alpha=0.3, which="both")
         height = -1.0
         for value, step, arm, colour in sorted(ends):  # beside the curves, from below, no two on one another

@@ -23,7 +23,7 @@ from plumbing.files import shown
 DATA = "data/imagenet/train"  # where no --data is given
 IN_MEMORY = 2**30  # bytes of decoded images up to which a data set is decoded once and kept
 CHECK_ALL = 100_000  # above this many images, they are not all opened beforehand
-LOOK = 64  # images that tell one set from another
+LOOK = 64  # images or latents, from all over a set, that are looked at in the place of all
 NEIGHBOURS = 100  # how many are tried in the place of a broken one
 Image.MAX_IMAGE_PIXELS = None  # Pillow takes a file of so many for an attack; these are the user's own
 
@@ -65,6 +65,11 @@ def split(count, most=256):
     size = min(32, held)
     chunks = order[: held // size * size].reshape(-1, size)
     return np.sort(order[chunks.size :]), chunks
+
+
+def spread(count, most):
+    """Numbers below `count`, evenly spaced, `most` of them or all."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 class ImageSet:
@@ -136,7 +141,7 @@ class ImageSet:
         for file, size in zip(self.files, self.source.sizes()):  # not all lines at once: they may be a million
             digest.update(f"{line}{file} {size}".encode("utf-8", "surrogateescape"))
             line = "\n"
-        for i in np.unique(np.linspace(0, len(self) - 1, LOOK).astype(int)).tolist():
+        for i in spread(len(self), LOOK).tolist():
             digest.update(self.bytes_of(i))
         return digest.hexdigest()
 

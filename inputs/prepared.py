@@ -17,12 +17,11 @@ import numpy as np
 import torch
 
 from inputs.hugging_face import need_datasets
-from inputs.images import IN_MEMORY, Batch, BrokenImage
+from inputs.images import IN_MEMORY, LOOK, Batch, BrokenImage, spread
 from inputs.labels import numbered, read_json
 from inputs.latents import Cached, mean_and_std, sums_of
 from plumbing.files import one_line
 
-LOOK = 64  # latents that are looked at before a run, from all over the set
 ENOUGH = 10_000  # latents from which mean and standard deviation are estimated
 
 
@@ -115,11 +114,6 @@ class Prepared:
         moments = torch.from_numpy(self.moments(indices))
         batch = self.data[indices] if self.decode else Batch(None, torch.from_numpy(self.labels[indices]))
         return batch._replace(moments=moments)
-
-
-def spread(count, most):
-    """Numbers below `count`, evenly spaced, `most` of them or all."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 def name_of(data, i):

@@ -42,10 +42,10 @@ def mistakes(program, *kinds):
     """A user's mistake, an error of `kinds` (ValueError and OSError by default), ends in one sentence and exit 2."""
     try:
         yield
-    except BrokenPipeError as error:  # whoever read what it says has gone, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
-        raise SystemExit(141) from error
     except kinds or (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read what it says has gone, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
+            raise SystemExit(141) from error
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from error

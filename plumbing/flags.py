@@ -11,6 +11,9 @@ import sys
 import typing
 from dataclasses import MISSING, fields, is_dataclass
 
+USAGE = "[flags], which --help lists"
+METAVARS = {int: "N", float: "X", str: "NAME"}
+
 
 def comments_of(cls):
     """-> {field: (heading, help)}, from the source of a dataclass and of those that it builds on."""
@@ -71,10 +74,10 @@ def add_flags(parser, cls, leave_out=(), defaults=None, title="", others={}):
             how.update(nargs=2, type=float, metavar=("LO", "HI"))
         else:
             kind = kinds[0] if kinds else field.type
-            if kind not in (int, float, str):
+            if kind not in METAVARS:
                 what = "int, float, str or bool, one of these or None, or a tuple of two numbers"
                 raise ValueError(f"{cls.__module__}: {cls.__name__}.{field.name} is {kind}, and a flag takes {what}")
-            how.update(type=or_none(kind) if kinds else kind, metavar={int: "N", float: "X", str: "NAME"}[kind])
+            how.update(type=or_none(kind) if kinds else kind, metavar=METAVARS[kind])
         names = [field.name, *([others[field.name]] if field.name in others else [])]
         groups[heading].add_argument(*[f"--{name.replace('_', '-')}" for name in names], dest=field.name, **how)
 
@@ -82,7 +85,7 @@ def add_flags(parser, cls, leave_out=(), defaults=None, title="", others={}):
 class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """Refuses an empty value: a variable of the shell that is not set would be taken for a flag that is not."""
-        args = sys.argv[1:] if args is None else [str(arg) for arg in args]
+        args = sys.argv[1:] if args is None else args
         for before, arg in zip(["", *args], args):
             if not arg or re.fullmatch(r"--[\w-]+=", arg):
                 self.error(f"{arg.strip('=') or before} has an empty value: give it one, or leave it out")
@@ -100,13 +103,13 @@ class Parser(argparse.ArgumentParser):
 
 def early_parser(program, *names):
     """Of the flags --NAME that say which other flags there are; the others are left for make_parser's."""
-    parser = Parser(program, usage="%(prog)s [flags], which --help lists", add_help=False, allow_abbrev=False)
+    parser = Parser(program, usage=f"%(prog)s {USAGE}", add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(f"--{name}")
     return parser
 
 
-def make_parser(program, description, usage="[flags], which --help lists"):
+def make_parser(program, description, usage=USAGE):
     def style(prog):
         return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=120)
 

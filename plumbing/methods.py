@@ -66,18 +66,20 @@ def method_named(name):
     if not own:
         names = ", ".join(f.name for f in fields(Method)[1:])
         raise ValueError(f"variants/{name}.py is no method: it defines none of {names}")
-    for key in own.keys() & {"Config", "Sampling"}:
-        settle_types(own[key], f"variants/{name}.py: {key}")
+    for key in ("Config", "Sampling"):
+        if key in own:
+            settle_types(own[key], f"variants/{name}.py: {key}")
+    if not hasattr(own.get("Config", irepa.Config), "named"):
+        why = "let it build on irepa.Config, or give it one"
+        raise ValueError(f"variants/{name}.py: Config has no named(model, **fields): {why}")
     return Method(name, **(needed if name in OWN else {**needed, **own}))
 
 
 def settle_types(cls, where):
     """The types of a method's dataclass as types, where `from __future__ import annotations` leaves text. ValueError
-    for a class that is no dataclass, whose fields would be another's, or that cannot be made by name."""
+    for a class that is no dataclass, whose fields would be another's."""
     if "__dataclass_fields__" not in vars(cls):
         raise ValueError(f"{where} is no dataclass, so that its fields would not count: write @dataclass above it")
-    if where.endswith("Config") and not hasattr(cls, "named"):
-        raise ValueError(f"{where} has no named(model, **fields): let it build on irepa.Config, or give it one")
     hints = typing.get_type_hints(cls)
     for entry in fields(cls):
         entry.type = hints[entry.name]

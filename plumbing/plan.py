@@ -175,7 +175,8 @@ def plan(run, method, Learner):
     long = "--plan N says how long it takes at N images a second"
     if run.plan is not True:
         hours = images / run.plan / 3600
-        long = f"{f'{hours:.3g} hours' if hours >= 1 else f'{60 * hours:.2g} minutes'} at {run.plan:,} images a second"
+        long = f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
+        long += f" at {run.plan:,} images a second"
     rows = [
         (run.method, f"{run.model} on {seen}, {grid**2} tokens, {classes:,} classes"),
         ("", f"{size} images at a time in each of {world} process{'es' * (world > 1)}, on {'GPUs' if gpu else 'CPUs'}"),

@@ -187,19 +187,20 @@ def compile_blocks(model, compiled, again=None):
 
 
 class Noted(list):
-    """Signals that have come. Who waits for what may never come sets `waiting`, and a signal ends that by Stopped."""
+    """Signals that have come."""
 
-    waiting = False
+    waiting = False  # a signal is to end by Stopped what is waited for
 
     def until_stopped(self, work, *inputs):
-        """work(*inputs), which a signal ends, or keeps from beginning."""
+        """work(*inputs), which may never end -> its result; None where a signal ends it, or comes before it."""
         try:
-            self.waiting = not self
-            if self.waiting:
-                work(*inputs)
-            self.waiting = False
-        except Stopped:
-            pass
+            self.waiting = True
+            try:
+                return None if self else work(*inputs)
+            finally:
+                self.waiting = False
+        except Stopped:  # also of a signal between the lines above
+            return None
 
 
 class Stopped(BaseException):  # no Exception, of which a loader would make something else

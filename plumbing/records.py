@@ -95,7 +95,7 @@ def open_log(out, record, resumed):
     name = "config.json" if resumed is None else f"config-from-step-{resumed}.json"
     earlier = [*out.glob("config.json"), *sorted(out.glob("config-from-step-*.json"), key=os.path.getmtime)]
     text, again = json.dumps(record, indent=1) + "\n", json.dumps({**record, "resume": False}, indent=1) + "\n"
-    if not earlier or not {text, again} & {earlier[-1].read_text()}:
+    if not earlier or earlier[-1].read_text() not in (text, again):
         write_text(out / name, text)
     log = out / "log.jsonl"
     rows = log.read_text().splitlines(keepends=True) if log.exists() else []
@@ -155,7 +155,6 @@ def plot(out):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
 
     rows = rows_of(out / "log.jsonl")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -168,11 +167,18 @@ def plot(out):
         axis.grid(alpha=0.3)
         axis.legend()
     axes[0].set(ylabel="mean squared error of the velocity", yscale="log")
-    for ticks in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
-        ticks(ScalarFormatter())  # 0.6, not 6 x 10^-1
+    plain_ticks(axes[0].yaxis)
     axes[1].set(ylabel="minus the mean cosine to the teacher")
     write_whole(out / "curves.png", lambda f: figure.savefig(f, format="png", dpi=120))
     plt.close(figure)
+
+
+def plain_ticks(axis):
+    """0.6, not 6 x 10^-1, beside a logarithmic axis."""
+    from matplotlib.ticker import ScalarFormatter  # late, as above
+
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(ScalarFormatter())
 
 
 def to_uint8(x):

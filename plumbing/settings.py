@@ -230,18 +230,15 @@ def refuse_gone(out, saved, config, known):
 def check(run, method):
     """ValueError, naming the flag, where a setting is out of range or does not go with another."""
     positive = "image_size steps batch_size accumulate log_every ckpt_every lr clip".split()
-    finite = "sample_cfg warmup workers keep sample_every seed".split()
-    for name in (*positive, *finite, *run.network):
+    not_negative = "sample_cfg warmup workers keep sample_every seed gamma proj_coeff".split()
+    for name in (*positive, *not_negative, *run.network):
         value, flag = getattr(run, name, run.network.get(name)), f"--{name.replace('_', '-')}"
         if name in positive and value is not None and not 0 < value < math.inf:  # --clip none
             raise ValueError(f"{flag} must be positive, not {value}")
         if isinstance(value, (int, float)) and not math.isfinite(value):
             raise ValueError(f"{flag} must be finite, and is {value}")
-        if name in finite and isinstance(value, int) and value < 0:
+        if name in not_negative and value is not None and value < 0:
             raise ValueError(f"{flag} must not be negative, and is {value}")
-    for name in ("gamma", "proj_coeff"):
-        if (run.network.get(name) or 0) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, and is {run.network[name]}")
     if run.seed >= 2**63:
         raise ValueError(f"--seed must be below 2^63, not {run.seed}")
     if not all(0 <= share < 1 for share in (run.ema, run.ema2 or 0, run.beta2, run.network.get("class_dropout", 0))):
