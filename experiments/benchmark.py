@@ -24,7 +24,7 @@ from PIL import Image
 
 import fid
 from experiments.benchmark_official import official
-from experiments.rivals import Step, random_teacher, table, windows
+from experiments.rivals import Step, apart, random_teacher, table, windows
 from inputs.images import ImageSet
 from inputs.latents import Cached
 from inputs.shards import Shards
@@ -178,14 +178,24 @@ def data(args, device):
 # ---- The evaluator ----
 
 
-def pytorch_fid_network(weights, device):
-    """pytorch-fid's Inception with `weights` in place of its download."""
-    try:
-        from pytorch_fid import inception
-    except ImportError as e:
-        raise ValueError("pytorch-fid is not installed; see the top of this file") from e
-    inception.load_state_dict_from_url = lambda *args, **kwargs: weights
-    return inception.InceptionV3([3]).eval().to(device)
+@torch.no_grad()
+def features_of(network, images):
+    return network(images)[0].sum().item()  # read, so that nothing is skipped
+
+
+def pytorch_fid_apart(connection, weights, images, device):
+    """pytorch-fid's Inception, with the file `weights` in place of its download, on `images` whenever asked."""
+    with mistakes("experiments.benchmark"):
+        try:
+            from pytorch_fid import inception
+        except ImportError as e:
+            raise ValueError("pytorch-fid is not installed; see the top of this file") from e
+    inception.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights, weights_only=True)
+    network, images = inception.InceptionV3([3]).eval().to(device), images.to(device)
+    connection.send(None)
+    while True:
+        connection.recv()
+        connection.send(features_of(network, images.float() / 255))
 
 
 def evaluator(args, device):
@@ -194,25 +204,19 @@ def evaluator(args, device):
     root = Path(folder.name)
 
     torch.manual_seed(0)
-    weights = fid.InceptionV3().state_dict()
-    torch.save(weights, root / "weights.pth")
+    torch.save(fid.InceptionV3().state_dict(), root / "weights.pth")
     ours, _ = fid.load_inception(root / "weights.pth", device)
     fast, _ = fid.load_inception(root / "weights.pth", device, fast=True)
-    theirs = pytorch_fid_network(weights, device)
-    batch = torch.from_numpy(rs.randint(0, 256, (args.batch_size, 3, 256, 256)).astype(np.uint8)).to(device)
-
-    @torch.no_grad()
-    def run(network, images):
-        out = network(images)[0]
-        return out.sum().item()  # read, so that nothing is skipped
-
-    rivals = {
-        "pytorch-fid": lambda: run(theirs, batch.float() / 255),
-        "fid.py": lambda: run(ours, batch),
-        "fid.py --fast": lambda: run(fast, batch),
-    }
-    for name, seconds in windows(rivals, args.windows).items():
-        result[f"network, {name}, images/s"] = args.batch_size / seconds
+    images = torch.from_numpy(rs.randint(0, 256, (args.batch_size, 3, 256, 256)).astype(np.uint8))
+    batch = images.to(device)
+    with apart(pytorch_fid_apart, root / "weights.pth", images, device) as ask:
+        rivals = {
+            "pytorch-fid": lambda: ask(None),
+            "fid.py": lambda: features_of(ours, batch),
+            "fid.py --fast": lambda: features_of(fast, batch),
+        }
+        for name, seconds in windows(rivals, args.windows).items():
+            result[f"network, {name}, images/s"] = args.batch_size / seconds
 
     from pytorch_fid.fid_score import calculate_frechet_distance
 

@@ -2,14 +2,12 @@
 
 import copy
 import functools
-import multiprocessing
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from experiments.rivals import Step, random_teacher, table, windows
+from experiments.rivals import Step, apart, random_teacher, table, windows
 from irepa import Sampling, irepa_loss
 from plumbing.files import mistakes, one_line
 from plumbing.processes import compile_blocks, fast_bf16
@@ -107,28 +105,6 @@ def theirs_apart(connection, name, args, device):
         connection.send(calls[asked]())
 
 
-@contextmanager
-def theirs_of(name, args, device):
-    """-> {rival: callable}, in a process of its own: how we use memory (keep_memory) would help theirs too."""
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=theirs_apart, args=(there, name, args, device), daemon=True)
-    process.start()
-    there.close()  # so that a process that fails is no end of waiting
-
-    def ask(what):
-        here.send(what)
-        return here.recv()
-
-    try:
-        here.recv()
-        yield {what: functools.partial(ask, what) for what in ("theirs", "theirs, compiled", "sampling")}
-    except EOFError:  # it has said why
-        raise SystemExit(2) from None
-    finally:
-        process.kill()
-
-
 def our_step(name, args, device, compiled):
     """A Step of ours, the same weights in each process. A new model's gates are 0: nothing to compare."""
     teacher = random_teacher(args.encoders[0], device)
@@ -162,15 +138,16 @@ def official(args, device):
     """Their network, loss, spatial norm and sampler in the loop that they train with, on our weights and teacher."""
     rows = []
     for name in args.models:
-        with theirs_of(name, args, device) as theirs:
-            rows += rivalry(name, theirs, args, device)
+        with apart(theirs_apart, name, args, device) as ask:
+            rows += rivalry(name, ask, args, device)
     table(f"the official release, batch {args.batch_size}, {args.encoders[0]}, sampling in {args.steps} steps", rows)
     return rows
 
 
-def rivalry(name, theirs, args, device):
+def rivalry(name, ask, args, device):
     """The rows of one model."""
     rows, ours = [], our_step(name, args, device, args.compile)
+    theirs = {what: functools.partial(ask, what) for what in ("theirs", "theirs, compiled", "sampling")}
     rivals = {what: theirs[what] for what in ("theirs", "theirs, compiled")} | {"ours": eager(ours)}
     if args.compile:
         rivals["ours, compiled"] = ours

@@ -1,8 +1,10 @@
 """What benchmarks share: rivals that take turns, and a training step of train.py on a batch in memory."""
 
 import copy
+import multiprocessing
 import statistics
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -26,6 +28,29 @@ def windows(rivals, count, device="cpu"):
             if i:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+@contextmanager
+def apart(serve, *args):
+    """-> ask(what): what is received of serve(connection, *args), which answers in a process of its own, and first says
+    that it is ready: how we use memory (keep_memory) would help a rival in ours. SystemExit where it fails."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(there, *args), daemon=True)
+    process.start()
+    there.close()  # so that a process that fails is no end of waiting
+
+    def ask(what):
+        here.send(what)
+        return here.recv()
+
+    try:
+        here.recv()
+        yield ask
+    except EOFError:  # it has said why
+        raise SystemExit(2) from None
+    finally:
+        process.kill()
 
 
 def table(title, rows):

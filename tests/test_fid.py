@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import platform
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -384,6 +387,17 @@ def test_no_room_in_shared_memory_is_said(image_sets, monkeypatch):
     monkeypatch.setattr(fid, "default_collate", full)
     with pytest.raises(ValueError, match="no room in shared memory.*--shm-size"):  # by way of a worker
         next(iter(fid.open_set(image_sets / "folder")[0].batches(0, 2, 2)))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its malloc is told what to keep")
+@pytest.mark.parametrize("module", ["fid", "plumbing.processes"])
+def test_freed_memory_is_kept_for_the_next_batch(module):
+    program = f"""import torch, {module} as module
+def pages(): return int(open("/proc/self/statm").read().split()[1])
+module.pick_device("cpu")
+batch = torch.ones(2**24); before = pages(); del batch; print(before - pages())"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    assert int(ended.stdout) < 1000, ended.stderr  # of 16,384
 
 
 def test_weights_that_are_absent_or_wrong_are_named(image_sets, tmp_path, monkeypatch, capsys):
