@@ -144,7 +144,7 @@ def read_flags(argv):
     for name, value in dict(given, batch_size=asked.batch_size, num=asked.num).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name} must be finite, and is {value}")
-        if isinstance(value, int) and value < 1:
+        if name in ("steps", "batch_size", "num") and value is not None and value < 1:
             raise ValueError("--steps, --batch-size and --num must be at least 1")
         if isinstance(value, (list, tuple)) and not value[0] <= value[1]:
             raise ValueError(f"--{name.replace('_', '-')} LO HI has LO <= HI, not {value[0]} {value[1]}")

@@ -65,7 +65,7 @@ class Run(VaeSource, TeacherSource):
     ema2: float | None = None  # decay of a second average, which checkpoints hold too, or none
     ema_warmup: bool = True  # let the decays rise to theirs as (1 + step) / (10 + step); the papers' are constant
     seed: int = 0  # of weights, data order, noise, times, label drops and flips
-    precision: str = "auto"  # auto, bf16 or fp32; auto is bf16 autocast where it is fast
+    precision: str = "auto"  # of the model: auto, bf16 or fp32; auto is bf16 autocast where it is fast, as the teacher
     # run
     out: str = ""  # folder for this run, which must not exist; default: runs/METHOD-MODEL
     resume: bool = False  # continue from OUT/last.pt with its settings; flags given still win

@@ -205,6 +205,8 @@ def test_the_table(image_sets, tmp_path, monkeypatch, capsys):
     assert sides[0][0] == pytest.approx(pixels[:, 0].mean()) and sides[1][3][7, 9] == pytest.approx(
         pixels[:, -1].var(ddof=1)
     )
+    score(image_sets / "all.zip", image_sets / "folder", "--fast")
+    assert "bf16 moves the features by 0.00%" in capsys.readouterr().out
     score("--save-stats", tmp_path / "stats.npz", image_sets / "folder")
     score(image_sets / "plain.npz", tmp_path / "stats.npz", "--json", tmp_path / "more.json")
     record = json.loads((tmp_path / "more.json").read_text())

@@ -29,6 +29,12 @@ class Config(irepa.Config):
     delta: float = 1.0  # errors beyond it count linearly
 
 
+@dataclass
+class Sampling(irepa.Sampling):
+    churn: bool = True  # a switch that can be off
+    first: int = 1  # a number that can be 0
+
+
 def loss(model, x, y, target, config, generator=None, part=(0, 1)):
     t, noise, y = irepa.training_draws(model, x, y, config, generator, part)
     x_t, velocity = irepa.interpolate(x, noise, t, config.path)
@@ -69,7 +75,7 @@ def test_a_new_method_is_one_new_file(tmp_path):
     assert checkpoint["step"] == 3 and checkpoint["config"]["delta"] == 0.1
     rows = rows_of(tree / "runs/huber-demo")
     assert len(rows) == 3 and all(row["denoise"] < 0.1 for row in rows)  # about 0.1 (|e| - 0.05), not e^2, which is 1
-    how = "--num", 2, "--steps", 2, "--device", "cpu", "--npz", "s.npz"
+    how = "--num", 2, "--steps", 2, "--no-churn", "--first", 0, "--device", "cpu", "--npz", "s.npz"
     there("sample", "--ckpt", "runs/huber-demo/last.pt", *how)
     assert (tree / "s.npz").exists()
     after = sums(tree)

@@ -1,7 +1,7 @@
 """iREPA in JiT (arXiv 2511.13720): a transformer on pixels that predicts the clean image.
 
     python train.py --demo --method jit                                           minutes on a CPU, no download
-    torchrun --nproc_per_node=8 train.py --method jit --encoder dinov2_vitb14     JiT-B/16 on 256-px ImageNet
+    torchrun --nproc_per_node=8 train.py --method jit --encoder dinov2_vitb14 --no-ema-warmup     the paper's JiT-B/16
     python sample.py --ckpt jit-b-16.pth --cfg 3 --cfg-interval 0.1 1             ours, or a released one
 
 What changes from irepa.py, where the projector, the spatial norm and the alignment are the same code:

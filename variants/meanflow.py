@@ -1,7 +1,7 @@
 """MeanFlow (arXiv 2505.13447) with iREPA: one network evaluation from noise to image.
 
     python train.py --demo --method meanflow                            minutes on a CPU, ends in 1-step samples
-    python train.py --method meanflow --encoder dinov2_vitb14 --latents data/imagenet/latents-256
+    python train.py --method meanflow --encoder dinov2_vitb14 --latents DIR --latent-scale vae --no-ema-warmup
     python sample.py --ckpt runs/meanflow-SiT-B-2/last.pt [--steps 4]
 
 SiT learns the velocity v at a point of the path; MeanFlow learns the average velocity of the way from t down to r,

@@ -1,7 +1,7 @@
 """REPA-E with iREPA: the VAE and the SiT train together (arXiv 2504.10483, with the two changes of arXiv 2512.10794).
 
     python train.py --demo --method repa_e          minutes on one CPU core, a tiny VAE from random weights
-    torchrun --nproc_per_node=8 train.py --method repa_e --encoder dinov2_vitb14 --lpips vgg16-397923af.pth
+    torchrun --nproc_per_node=8 train.py --method repa_e --encoder dinov2_vitb14 --no-ema-warmup --lpips FILE
 
 A VAE that follows the diffusion loss makes latents that are easy to denoise and say little. REPA-E stops that gradient
 and lets the alignment through instead. One step:
