@@ -84,7 +84,7 @@ def interpolate(x, noise, t, path="linear"):
 
 
 def stream(purpose, seed, index=0, device="cpu"):
-    """The generator of one step, image or label: the index counts on from a hash, so that no two of them collide."""
+    """The generator of one step, image or label: an index counts on from a hash of the rest, so that no two collide."""
     return torch.Generator(device).manual_seed((crc32(f"{purpose} {seed}".encode()) + index) % 2**32)
 
 

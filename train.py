@@ -81,8 +81,8 @@ def feed(job, indices, start, ranks):
 
 
 def fetch(incoming, count, signals):
-    """-> (the `count` parts of the next step, how many images in them stand in for others, None), or the error that
-    bars it in the last place; nothing where a signal comes first."""
+    """-> (the `count` parts of the next step, none where a signal comes first; how many of their images stand in for
+    broken ones; the error that bars the step, or None)."""
     try:
         parts = signals.until_stopped(list, itertools.islice(incoming, count)) or ()
         return parts, sum(batch.replaced for _, batch in parts), None
@@ -133,8 +133,8 @@ class Learner:
             last = i + world >= n  # of this process's own; the processes exchange gradients once
             with nullcontext() if last or world == 1 else self.wrapped.no_sync():
                 with job.autocast():
-                    terms_of = job.method.loss
-                    losses = terms_of(self.wrapped, x, batch.labels, batch.tokens, job.config, generator, part=(i, n))
+                    given = x, batch.labels, batch.tokens, job.config, generator
+                    losses = job.method.loss(self.wrapped, *given, part=(i, n))
                 (losses["loss"] / own).backward()
             for name, value in losses.items():
                 terms[name] = terms.get(name, 0) + value.detach() / own
