@@ -176,14 +176,14 @@ def read_flags(argv):
 def plan_grid(asked, opened):
     """-> (Asked with the labels of a grid, a free name for its file, the names of its rows, one for each label)."""
     classes, names, how = opened.model.config.num_classes, opened.file.get("classes") or [], opened.how
-    wanted = asked.labels
-    if wanted in ("random", "balanced"):
-        wanted = ",".join(map(str, range(min(10, classes))))
+    wanted = asked.labels if asked.labels not in ("random", "balanced") else ",".join(map(str, range(min(10, classes))))
     rows = list(dict.fromkeys(choose_labels(wanted, range(asked.num or 1000), classes, asked.seed).tolist()))
     columns = asked.num // len(rows) if asked.num else 8
     if asked.num and asked.num % len(rows):
         why = f"--num {asked.num} does not fill {len(rows)} rows of a grid, one for each label"
         raise ValueError(f"{why}: take a multiple of {len(rows)}, or fewer --labels")
+    if columns * len(rows) > 10_000:
+        raise ValueError(f"a grid has 10,000 images at most, not {asked.num:,}: --npz FILE or --out-dir DIR for more")
     labels = ",".join(str(row) for row in rows for _ in range(columns))
     cfg = f"-cfg{how.cfg:g}" if hasattr(how, "cfg") else ""
     kind = getattr(how, "sampler", opened.method.name)
@@ -227,14 +227,14 @@ def sample_batches(asked, opened, ranks, target, unfinished):
     mine = list(zip(batches, chunks))[ranks.rank :: ranks.world]
     todo = [(batch, chunk) for batch, chunk in mine if not is_whole(chunk, len(batch))]
     with progress(sum(len(batch) for batch, _ in todo), 0, ranks.rank == 0, "img", "sampling") as bar:
-        evaluations = itertools.count(1)  # the first images may take minutes
 
-        def count(*_):
-            bar.set_postfix_str(f"evaluation {next(evaluations)} of the network, {how.steps} steps", refresh=False)
+        def count(*_):  # the first images may take minutes
+            bar.set_postfix_str(f"{how.steps} steps a batch, evaluation {next(evaluations)} of it", refresh=False)
             bar.update(0)
 
         model.register_forward_pre_hook(count)
         for indices, chunk in todo:
+            evaluations = itertools.count(1)
             labels = choose_labels(asked.labels, indices, model.config.num_classes, asked.seed)
             with autocast:
                 x = generate(model, labels, indices, asked.seed, method.solve, how)
@@ -284,7 +284,8 @@ def main(argv=None):
         asked, opened = read_flags(argv)
         if asked.export:
             export_average(asked.ckpt, opened.file, asked.ema, asked.released, asked.export)
-            print(f"{asked.export}: the average of {asked.ckpt}; --ckpt and --init take it")
+            which = "average" if asked.ema else "live weights"
+            print(f"{asked.export}: the {which} of {asked.ckpt}; --ckpt and --init take it")
             return
         steps = opened.how.steps * (asked.num or 80) // asked.batch_size
         asked.compile = settle_compile(asked.compile, opened.device, steps)

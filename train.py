@@ -1,7 +1,7 @@
 """Train a diffusion transformer with iREPA, REPA or neither, on CPU, one GPU or many.
 
     python train.py --demo                                        five minutes on a laptop, no download
-    python train.py --data photos.zip --image-size 32 --model SiT-S/4 --steps 20000 --out runs/photos
+    python train.py --demo --data photos --out runs/photos        the same on your own images
     python train.py --resume --out runs/photos                    goes on from runs/photos/last.pt, with its settings
     torchrun --nproc_per_node=8 -m inputs.latents --data data/imagenet/train --out data/imagenet/latents-256
     torchrun --nproc_per_node=8 train.py --encoder dinov2_vitb14 --latents data/imagenet/latents-256 --no-ema-warmup
@@ -35,7 +35,7 @@ from irepa import draws, stream
 from plumbing.checkpoints import hold_folder
 from plumbing.files import as_program, mistakes
 from plumbing.jobs import begin_log, finish, names_of, open_job, save
-from plumbing.processes import compile_blocks, is_first, noted_signals, read_ahead, start_ranks
+from plumbing.processes import compile_blocks, is_first, noted_signals, read_ahead, spared, start_ranks
 from plumbing.records import Meter, append, plot, progress, save_grid, save_progress, to_uint8, warned
 from plumbing.trackers import Untracked
 from sample import generate
@@ -291,7 +291,8 @@ def train(job, signals):
         if stop:
             break
         rate, before = learning_rate(run, step), [b.clone() for b in statistics(networks.values())]
-        terms = learner.gradients(step, [(part, target(batch)) for part, batch in parts])
+        with spared(run.compile):
+            terms = learner.gradients(step, [(part, target(batch)) for part, batch in parts])
         norms, skipped = update(networks, optimisers, before, run.clip, rate)
         for name, ema in averages.items():
             average(ema, model, ema_decay(run, step, name))
@@ -301,7 +302,7 @@ def train(job, signals):
         done, last = step + 1, step + 1 == run.steps
         if done % run.log_every == 0 or last:
             row = dict(meter.row(run.batch_size, target.spent()), lr=rate)
-            with meter.paused():
+            with meter.paused(), spared(run.compile):
                 row["held_out"] = held_out_loss(unseen, learner)
                 if first:
                     warned(lambda: append(log, row))

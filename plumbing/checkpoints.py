@@ -15,6 +15,9 @@ from plumbing.processes import is_first
 from plumbing.released import recognised, weights_of
 
 STATS = "pretrained_models/sdvae-ft-mse-f8d4-latents-stats.pt"
+PLACES = "data out latents tokens init encoder_weights wandb".split()  # of one machine alone
+WORDS = dict(num_classes="a number of classes of", in_channels="channels", encoder_dim="a teacher of width")
+WORDS.update(classes="classes", images="images", input_size="--image-size, by the VAE's factor,")  # no flags
 WRONG = (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RuntimeError, AttributeError)  # shapes, names
 
 
@@ -196,7 +199,7 @@ def export_average(path, data, ema, released, target):
     if method.stored_vae:
         tensors.update({f"vae.{name}": tensor for name, tensor in data.get("vae", {}).items()})
     facts = {key: data[key] for key in ("latent", "vae_config", "step", "steps") if key in data}
-    settings = {**(data.get("settings") or {}), "method": method.name}
+    settings = {k: v for k, v in (data.get("settings") or {}).items() if k not in PLACES} | {"method": method.name}
     facts.update(config=config, settings=settings, classes=data.get("classes") or [], checkpoint_sha256=sha256_of(path))
     metadata = {OURS: json.dumps(facts), "format": "pt"}
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # none may share its memory
@@ -245,7 +248,7 @@ def read_last(out):
 def same_run(run, config, data, spec, checkpoint):
     """ValueError where a checkpoint belongs to another network, other data or other latents than what is asked."""
     old = {**checkpoint["config"], "classes": checkpoint["classes"], "images": checkpoint["images"]}
-    refuse_change(run.out, old, {**asdict(config), "classes": data.classes, "images": len(data)})
+    refuse_change(run.out, old, {"classes": data.classes, "images": len(data), **asdict(config)})
     before, now = checkpoint.get("weights_sha256"), getattr(data, "weights_sha256", None)
     if before and now and before != now:
         raise ValueError(f"{run.tokens} is of other weights of the encoder than those that {run.out} was started with")
@@ -260,9 +263,15 @@ def same_settings(run, checkpoint):
 
 
 def refuse_change(out, old, new):
-    for key in new:
-        if old.get(key, new[key]) != new[key]:
-            raise ValueError(f"{out} was started with {key} {old[key]}, not {new[key]}; start another --out")
+    for key, now in new.items():
+        was = old.get(key, now)
+        if was != now:
+            if isinstance(now, list):  # of classes: the first few that differ
+                was, now = (
+                    ", ".join([c for c in a if c not in b][:5]) or str(len(a)) for a, b in ((was, now), (now, was))
+                )
+            name = WORDS.get(key, f"--{key.replace('_', '-')}")
+            raise ValueError(f"{out} was started with {name} {was}, not {now}; start another --out")
 
 
 def refuse_used(out):

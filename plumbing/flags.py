@@ -64,10 +64,10 @@ def add_flags(parser, cls, leave_out=(), defaults=None, title="", others={}):
             text += f" ({default[0]} {default[1]})" if isinstance(default, tuple) else f" ({default})"
         how = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"), required=field.default is MISSING)
         kinds = [kind for kind in typing.get_args(field.type) if kind is not type(None)]
-        if {bool, int} <= {*kinds}:  # on, off, or the number of one
+        if bool in kinds and len(kinds) > 1:  # on, off, or a number
             off = dict(dest=field.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
             groups[heading].add_argument(f"--no-{field.name}", **off)
-            how.update(nargs="?", const=True, type=int, metavar="N")
+            how.update(nargs="?", const=True, type=kinds[1], metavar="N")
         elif bool in (field.type, *kinds):
             how.update(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(field.type) is tuple:

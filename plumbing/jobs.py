@@ -60,7 +60,7 @@ def open_job(argv, description, Learner):
     Learner: of methods that bring none. With --plan the answer is printed, and SystemExit raised.
     """
     run, method, checkpoint = resolve(argv, description)
-    if run.plan:
+    if run.plan is not False:
         raise SystemExit(print(plan(run, method, method.Learner or Learner)) if is_first() else None)
     if is_first() and not run.resume:
         refuse_used(Path(run.out))
@@ -217,7 +217,8 @@ def begin_log(job, networks, ranks, start, training):
     many = len(job.data.classes)
     classes = f"{training} images in {many} class{'es' if many > 1 else ''} to train on"
     held = f"{len(job.data) - training} held out"
-    print(f"{run.method} on {job.device}: {sizes}, {classes}, {held}, step {start} of {run.steps}")
+    how = ", compiled, which the first steps wait for" if run.compile else ""
+    print(f"{run.method} on {job.device}{how}: {sizes}, {classes}, {held}, step {start} of {run.steps}")
     return log, open_trackers(run, record, start)
 
 

@@ -4,6 +4,7 @@ The step that is counted is the loop's: the Learner's gradients of one part of a
 at a time. Memory is what autograd keeps of it, without what is there for a moment; compiled blocks keep less.
 """
 
+import math
 import os
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -132,8 +133,8 @@ def in_units(count, units=("", "k", "M", "G", "T", "P")):
 
 def plan(run, method, Learner):
     """What the run costs, as text. Learner: train.py's or the method's. ValueError where its flags do not fit."""
-    if run.plan is not True and run.plan < 1:
-        raise ValueError(f"--plan takes images a second, not {run.plan}")
+    if run.plan is not True and not 0 < run.plan < math.inf:
+        raise ValueError(f"--plan takes images a second, not {run.plan:g}")
     world = int(os.environ.get("WORLD_SIZE", 1))
     size = run.batch_size // world // run.accumulate
     gpu = run.device.startswith("cuda") or run.device == "auto" and torch.cuda.is_available()
@@ -176,7 +177,7 @@ def plan(run, method, Learner):
     if run.plan is not True:
         hours = images / run.plan / 3600
         long = f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
-        long += f" at {run.plan:,} images a second"
+        long += f" at {run.plan:,.6g} images a second"
     rows = [
         (run.method, f"{run.model} on {seen}, {grid**2} tokens, {classes:,} classes"),
         ("", f"{size} images at a time in each of {world} process{'es' * (world > 1)}, on {'GPUs' if gpu else 'CPUs'}"),

@@ -151,7 +151,7 @@ def settle_compile(wanted, device, steps=0):
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as e:  # compilers, their headers and drivers fail in any way
-        why = one_line(str(e).strip().partition("\n")[0], 300)
+        why = one_line(str(e).strip().partition("\n\n")[0], 300)  # advice comes after it
         if wanted is None and device.type == "cpu":
             if is_first():
                 print(f"note: blocks are not compiled, which would save a quarter of the time: {why}")
@@ -229,6 +229,20 @@ def noted_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def spared(compiled):
+    """Ctrl-C in a terminal goes to each process of the program: compilers that are started within do not get it, and
+    this process gets it afterwards, or by another of its threads."""
+    if not compiled:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which children inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ---- Workers ----

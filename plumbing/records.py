@@ -169,6 +169,7 @@ def plot(out):
     axes[0].set(ylabel="mean squared error of the velocity", yscale="log")
     plain_ticks(axes[0].yaxis)
     axes[1].set(ylabel="minus the mean cosine to the teacher")
+    figure.suptitle(f"{Path(out).resolve().name}: the loss, in training and on held-out images, and the alignment")
     write_whole(out / "curves.png", lambda f: figure.savefig(f, format="png", dpi=120))
     plt.close(figure)
 

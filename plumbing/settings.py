@@ -69,7 +69,7 @@ class Run(VaeSource, TeacherSource):
     # run
     out: str = ""  # folder for this run, which must not exist; default: runs/METHOD-MODEL
     resume: bool = False  # continue from OUT/last.pt with its settings; flags given still win
-    plan: bool | int = False  # only say what this costs in memory and disk; with a number, how long at so many images/s
+    plan: bool | float = False  # only say what this takes: memory, disk; with a number, how long at so many images/s
     log_every: int = 100  # steps
     ckpt_every: int = 10_000  # steps
     keep: int = 2  # newest checkpoints kept by number, step-N.pt, beside last.pt

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import sample
 from inputs.latents import load_vae
 from irepa import Config, Sampling, SiT
-from plumbing.checkpoints import load_checkpoint
+from plumbing.checkpoints import load_checkpoint, read_checkpoint
 from plumbing.records import to_uint8
 from test_irepa import TINY, drawn, fill, normal, strong
 from tests.common import HERE, RUN, refused, rows_of, run, run_sample, same_weights, weights
@@ -96,6 +96,7 @@ def test_an_exported_average_is_what_samples_and_starts_a_run(tmp_path, method, 
     run(*flags, "--ckpt-every", 100, "--keep", 0, "--out", tmp_path / "run")
     file, last = tmp_path / "small.safetensors", tmp_path / "run/last.pt"
     run_sample("--ckpt", last, "--export", file)
+    assert not {"out", "data"} & read_checkpoint(file)["settings"].keys()  # nobody else's business
     assert file.stat().st_size < last.stat().st_size / 2.9
     for name, ckpt in (("a", last), ("b", file)):
         run_sample("--ckpt", ckpt, "--steps", 2, "--num", 2, "--labels", "circle", "--npz", tmp_path / f"{name}.npz")

@@ -252,7 +252,7 @@ def test_a_run_overfits_stops_and_resumes(photos, tmp_path, capsys):
     flags += [photos]
     run(*flags, "--out", tmp_path / "stopped", "--steps", 4)
     error = refused(capsys, run, "--resume", "--out", tmp_path / "stopped", "--steps", 8, "--align", "none")
-    assert "was started with align irepa, not none" in error
+    assert "was started with --align irepa, not none" in error
     run("--resume", "--out", tmp_path / "stopped", "--steps", 8)
     run(*flags, "--out", tmp_path / "eight", "--steps", 8)
     for which in ("model", "ema", "ema2"):

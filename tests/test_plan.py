@@ -81,7 +81,9 @@ def test_the_papers_setting_needs_nothing(tmp_path, monkeypatch, capsys):
     assert "102,400,000 images: each of ImageNet's 1,281,167 is seen 79.9 times" in said and "VAE" not in said
     assert "7.11 hours at 4,000 images a second" in said
     monkeypatch.delenv("WORLD_SIZE")
-    assert "takes images a second, not -1" in refused(capsys, run, "--plan", -1)
+    for rate in (-1, 0, "nan"):
+        assert f"takes images a second, not {rate}" in refused(capsys, run, "--plan", rate)
+    assert "minutes at 0.8 images a second" in plan_of("--demo", "--steps", 3, "--plan", 0.8)
     assert "VAE (none with --latents)" in plan_of("--encoder", "efficientnet_lite0", "--model", "SiT-S/8")
 
 

@@ -82,6 +82,7 @@ def test_demo_then_sample(tmp_path, capsys):
         (["--labels", "circle,stra"], "'stra' is no class of this checkpoint; write random, balanced, numbers"),
         (["--labels", "nosuch"], "numbers such as 3,7, or names such as circle, square, triangle"),
         (["--num", "15"], "--num 15 does not fill 10 rows of a grid, one for each label: take a multiple of 10"),
+        (["--num", 20_000], "a grid has 10,000 images at most, not 20,000"),
         (["--seed", "-1"], "--seed is 0 or more"),
         (["--ckpt", out], f"it is a folder: {out}/last.pt"),
         (["--cfg", "-1"], "--cfg must not be negative"),

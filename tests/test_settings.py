@@ -126,7 +126,9 @@ def test_what_the_surroundings_lack_is_said_before_a_run(photos, tmp_path, monke
     assert "--batch 3; did you mean --batch-size?" in refused(capsys, run, *flags, "--batch", 3)
 
     def broken(function):
-        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nand a page of advice")
+        raise RuntimeError(
+            "backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found\n\nand a page of advice"
+        )
 
     monkeypatch.setattr(torch, "compile", broken)
     said = refused(capsys, run, *flags, "--compile")
@@ -165,11 +167,11 @@ def test_blocks_are_compiled_where_it_pays(monkeypatch, capsys):
     assert settle_compile(None, cpu, 999) is settle_compile(False, cpu, 10**6) is False and len(asked) == 2
 
     def broken(function):
-        raise RuntimeError("no compiler\nadvice")
+        raise RuntimeError("backend raised:\nno compiler\n\nadvice")
 
     monkeypatch.setattr(torch, "compile", broken)
     assert settle_compile(None, cpu, 1000) is False  # nobody asked for it
-    assert capsys.readouterr().out.endswith("which would save a quarter of the time: no compiler\n")
+    assert capsys.readouterr().out.endswith("which would save a quarter of the time: backend raised: no compiler\n")
     assert settings("--demo").compile is False  # its first step should not wait
 
 

@@ -9,6 +9,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -30,7 +32,7 @@ from irepa import Attention, Sampling
 from plumbing import records
 from plumbing.files import lock
 from plumbing.jobs import open_job
-from plumbing.processes import Noted, Ranks, noted_signals
+from plumbing.processes import Noted, Ranks, noted_signals, spared
 from tests.common import (
     HERE,
     RUN,
@@ -70,10 +72,10 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, monkeypatch, capsys):
     again = "--resume", "--out", tmp_path / "stopped"
     assert "stopped exists; --resume continues it" in refused(capsys, run, *flags, "--out", tmp_path / "stopped")
     # the order of the data would be another; another network
-    assert "batch_size 8, not 4" in refused(capsys, run, *again, "--steps", 6, "--batch-size", 4)
+    assert "--batch-size 8, not 4" in refused(capsys, run, *again, "--steps", 6, "--batch-size", 4)
     with monkeypatch.context() as patch:
         patch.setattr("plumbing.jobs.ImageSet", None)  # said before anything is decoded
-        for flag, value, was in (("--method", "repa", "method irepa"), ("--model", "SiT-B/4", "model SiT-S/4")):
+        for flag, value, was in (("--method", "repa", "--method irepa"), ("--model", "SiT-B/4", "--model SiT-S/4")):
             said = refused(capsys, run, *again, "--steps", 6, flag, value)
             assert f"was started with {was}, not {value}" in said
     capsys.readouterr()
@@ -93,6 +95,9 @@ def test_stop_and_resume_is_bit_for_bit(photos, tmp_path, monkeypatch, capsys):
         numbered.unlink()
     assert json.loads((tmp_path / "straight/config.json").read_text())["device"] == "cpu"
     assert "nothing to do" in refused(capsys, run, *again, "--steps", 6)
+    shutil.copytree(photos / "dogs", tmp_path / "others/birds")
+    said = refused(capsys, run, *again, "--steps", 7, "--data", tmp_path / "others")
+    assert "was started with classes cats, dogs, not birds; start another --out" in said
     run("--resume", "--out", tmp_path / "straight")
     assert same_weights(a["model"], weights(tmp_path / "straight"))
     assert json.loads((tmp_path / "stopped/config-from-step-3.json").read_text())["steps"] == 6
@@ -274,6 +279,21 @@ def test_a_second_signal_ends_a_run_that_a_script_has_started(monkeypatch, capfd
     finally:
         signal.signal(signal.SIGINT, before)
     assert "once more" in capfd.readouterr().err
+
+
+def test_a_compiler_survives_ctrl_c(capfd):
+    compiler = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(100)"]
+    with noted_signals() as signals:
+        with spared(True):
+            process = subprocess.Popen(compiler, stdout=subprocess.PIPE)
+            process.stdout.readline()
+            for pid in (process.pid, os.getpid()):  # as a terminal does
+                os.kill(pid, signal.SIGINT)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+        assert signals == [signal.SIGINT]
+    process.kill()
+    process.wait()
 
 
 def test_a_signal_ends_a_grid_and_leaves_no_half_of_it(photos, tmp_path, monkeypatch):
@@ -517,7 +537,7 @@ def test_a_map_and_its_mean_are_a_teacher(photos, tmp_path, capsys):
         losses.append([row["align"] for row in rows_of(tmp_path / f"{a}")])
     assert losses[0] != losses[1]
     message = refused(capsys, run, "--resume", "--steps", 6, "--cls-weight", 0.2, "--out", tmp_path / "0.5")
-    assert "was started with cls_weight 0.5, not 0.2" in message
+    assert "was started with --cls-weight 0.5, not 0.2" in message
 
 
 def test_the_demos_model_learns_ones_own_images(photos, tmp_path, capsys):
