@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from tqdm import tqdm
 
 OURS = "irepa"  # in the metadata of a .safetensors, before what a checkpoint holds beside its tensors
 
@@ -47,7 +48,7 @@ def mistakes(program, *kinds):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
             raise SystemExit(141) from error
         time.sleep(2 * (os.environ.get("LOCAL_RANK", "0") != "0"))  # let one process of a machine speak first
-        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+        tqdm.write(f"{program}: error: {one_line(error)}", file=sys.stderr)  # on a line of its own, beside a bar
         raise SystemExit(2) from error
 
 
