@@ -49,9 +49,11 @@ def test_demo_then_sample(tmp_path, capsys):
     out = tmp_path / "demo"
     small = "--steps 4 --batch-size 8 --patch-size 8 --hidden-size 32 --num-heads 2 --depth 2 --log-every 2"
     run("--demo", "--out", out, "--device", "cpu", "--ckpt-every", 4, "--sample-every", 4, *small.split())
-    assert f"python sample.py --ckpt {out}/last.pt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"python sample.py --ckpt {out}/last.pt" in said and "--sampler heun --steps 25" in said  # not SDE's 250
     config = json.loads((out / "config.json").read_text())
     assert config["steps"] == 4 and config["torch"] == torch.__version__ and "git_commit" in config
+    assert config["data"] is None
     row = rows_of(out)[-1]
     assert {"step", "loss", "denoise", "align", "held_out", "grad_norm", "lr", "images_per_s"} <= row.keys()
     grid = Image.open(out / "samples/step-0000004.png")

@@ -173,6 +173,7 @@ def test_blocks_are_compiled_where_it_pays(monkeypatch, capsys):
     assert settle_compile(None, cpu, 1000) is False  # nobody asked for it
     assert capsys.readouterr().out.endswith("which would save a quarter of the time: backend raised: no compiler\n")
     assert settings("--demo").compile is False  # its first step should not wait
+    assert resolve(["--demo", "--method", "repa"])[0].out == "runs/repa-demo"
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path, monkeypatch, capsys):
