@@ -7,8 +7,7 @@
 
 An image set is an .npz with arr_0 (uint8, N x H x W x 3), or a folder or a .zip of images, at any depth. Statistics,
 an .npz or torch-fidelity's .pt with mu, sigma and, for sFID, mu_s, sigma_s, are used as they are; where such a file
-also has arr_0, as the standard references do, precision and recall come from that. Published for the standard
-reference and admnet_guided_upsampled_imagenet256: FID 3.943, sFID 6.140, IS 215.84, precision 0.8265, recall 0.5309.
+also has arr_0, as the standard references do, precision and recall come from that.
 """
 
 import argparse
@@ -19,6 +18,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
 import time
 import zipfile
@@ -27,6 +27,9 @@ from collections import Counter, OrderedDict
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, also while torch is imported
 
 import numpy as np
 import torch
@@ -294,8 +297,7 @@ class Files:
         self.count, self.size = len(self.files), tuple(self[0].shape[1:])
 
     def zip(self):
-        key = os.getpid()  # an open file position cannot be shared between processes
-        if key not in self.zips:
+        if (key := os.getpid()) not in self.zips:  # an open file position cannot be shared between processes
             self.zips = {key: zipfile.ZipFile(self.path)}
         return self.zips[key]
 
@@ -601,8 +603,6 @@ def main(argv=None):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
         evaluate(args, rank, world, local)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (ValueError, OSError) as e:
         time.sleep(2 * (rank > 0))  # let the first process speak first
         parser.error(re.sub(r"^\w+(Error|File): ", "", str(e).strip().splitlines()[-1]))  # behind a worker's traceback

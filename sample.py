@@ -11,6 +11,9 @@ stopped goes on when it is started again: finished batches lie in NAME.parts unt
 --out-dir: what is there stays as it is, and another folder starts from the first image).
 """
 
+from plumbing.interrupts import as_program  # before torch
+
+# isort: split
 import difflib
 import itertools
 import json
@@ -29,14 +32,13 @@ from PIL import Image
 from inputs.vae import Latents, decode
 from irepa import Sampling, guided, randn, sample_ode, sample_sde, solve, stream
 from plumbing.checkpoints import export_average, find_vae, load_checkpoint, open_checkpoint
-from plumbing.files import as_program, free_at, hold_unfinished, mistakes, sha256_of, write_text, write_whole
+from plumbing.files import free_at, hold_unfinished, mistakes, sha256_of, write_text, write_whole
 from plumbing.flags import add_flags, early_parser, make_parser
 from plumbing.methods import Method, method_named
 from plumbing.processes import compile_blocks, device_name, is_first, pick_device, settle_compile, start_ranks
 from plumbing.records import progress, save_grid, to_uint8, versions, write_npz
 
 __all__ = ["guided", "load_checkpoint", "sample_ode", "sample_sde"]  # importable from here, too
-
 
 PLACES = "ckpt device npz vae vae_weights latent_scale".split()  # may change between starts; hash and latent may not
 
@@ -302,10 +304,8 @@ def main(argv=None):
         record = {**asdict(asked), **asdict(opened.how), "config": asdict(opened.model.config)}
         record.update(step=opened.file.get("step", opened.file.get("steps")), checkpoint_sha256=sha256_of(asked.ckpt))
         record.update(latent=opened.latent and opened.latent.spec)
-        # one process looks: another may already have begun to write
-        folder_lock = (
-            hold_unfinished(unfinished, record, leave_out=PLACES) if is_first() and not asked.out_dir else nullcontext()
-        )
+        looks = is_first() and not asked.out_dir  # one process: another may already have begun to write
+        folder_lock = hold_unfinished(unfinished, record, leave_out=PLACES) if looks else nullcontext()
     with folder_lock, mistakes("sample.py", FloatingPointError, OSError):
         try:
             write_samples(asked, opened, target, unfinished, rows, record)

@@ -15,6 +15,9 @@ After SIGTERM or SIGINT the step at hand is finished and saved, exit code 75; th
 once. A user's mistake exits with 2.
 """
 
+from plumbing.interrupts import as_program  # before torch
+
+# isort: split
 import copy
 import itertools
 import math
@@ -33,7 +36,7 @@ from inputs.tokens import Target
 from inputs.vae import decode, encode, to_latent
 from irepa import draws, stream
 from plumbing.checkpoints import hold_folder
-from plumbing.files import as_program, mistakes
+from plumbing.files import mistakes
 from plumbing.jobs import begin_log, finish, names_of, open_job, save
 from plumbing.processes import compile_blocks, is_first, noted_signals, read_ahead, spared, start_ranks
 from plumbing.records import Meter, append, plot, progress, save_grid, save_progress, to_uint8, warned

@@ -12,6 +12,9 @@ losses and images are read, so that nothing is skipped. Weights are random: spee
 `fid` needs pip install pytorch-fid 'scipy<1.18' in a scratch environment: its sqrtm call is gone from later scipy.
 """
 
+from plumbing.interrupts import as_program  # before torch
+
+# isort: split
 import argparse
 import copy
 import json
@@ -29,7 +32,7 @@ from inputs.images import ImageSet
 from inputs.latents import Cached
 from inputs.shards import Shards
 from irepa import Config, Sampling, SiT
-from plumbing.files import as_program, mistakes, write_text
+from plumbing.files import mistakes, write_text
 from plumbing.flags import make_parser
 from plumbing.processes import compile_blocks, device_name, pick_device, settle_compile
 from sample import generate

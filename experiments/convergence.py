@@ -22,6 +22,9 @@ should not be that of the arms.
 OUT holds results.json (all curves), table.md, curves.png, samples.png (the arms' images from the same noise).
 """
 
+from plumbing.interrupts import as_program  # before torch
+
+# isort: split
 import functools
 import itertools
 import json
@@ -44,7 +47,7 @@ from inputs.teachers import load_encoder
 from inputs.tokens import Tokens, weights_sha256
 from plumbing import jobs
 from plumbing.checkpoints import read_checkpoint
-from plumbing.files import as_program, lock, mistakes, sha256_of, write_text, write_whole
+from plumbing.files import lock, mistakes, sha256_of, write_text, write_whole
 from plumbing.flags import make_parser
 from plumbing.processes import fast_bf16, pick_device, settle_compile
 from plumbing.records import rows_of

@@ -12,6 +12,9 @@ similarity.png: the cosine of one patch with all others in the tokens at the ali
 the teacher's.
 """
 
+from plumbing.interrupts import as_program  # before torch
+
+# isort: split
 import json
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from inputs.teachers import load_encoder
 from inputs.vae import FITS, same_spec, to_latent
 from irepa import SiT, interpolate
 from plumbing.checkpoints import open_checkpoint
-from plumbing.files import as_program, mistakes, write_text
+from plumbing.files import mistakes, write_text
 from plumbing.flags import make_parser
 from plumbing.processes import pick_device
 from plumbing.records import versions

@@ -33,7 +33,7 @@ def windows(rivals, count, device="cpu"):
 @contextmanager
 def apart(serve, *args):
     """-> ask(what): what is received of serve(connection, *args), which answers in a process of its own, and first says
-    that it is ready: how we use memory (keep_memory) would help a rival in ours. SystemExit where it fails."""
+    that it is ready: how we use memory (pick_device) would help a rival in ours. SystemExit where it fails."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=serve, args=(there, *args), daemon=True)

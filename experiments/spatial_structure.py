@@ -21,6 +21,9 @@ patches each, in the order of their names, and there have to be as many as image
 class folders of --data, or those in --tokens.
 """
 
+from plumbing.interrupts import as_program  # before torch
+
+# isort: split
 import json
 import math
 import re
@@ -50,7 +53,7 @@ from experiments.structure_pictures import draw_pca, draw_similarity
 from experiments.token_sources import GRID, RANDOM, Live, choose_sources, open_tokens, read_labels
 from fid import Files, open_set
 from inputs.teachers import DRAWN
-from plumbing.files import as_program, mistakes, write_text
+from plumbing.files import mistakes, write_text
 from plumbing.flags import make_parser
 from plumbing.processes import pick_device
 from plumbing.records import versions

@@ -6,6 +6,9 @@ python -m experiments.stress memory      20,000 steps: the resident size does no
 python -m experiments.stress fuzz        thousands of damaged checkpoints, caches, zips and npz: only named errors
 """
 
+from plumbing.interrupts import as_program  # before torch
+
+# isort: split
 import json
 import os
 import random
@@ -33,7 +36,7 @@ from inputs.teachers import load_encoder
 from inputs.tokens import Tokens
 from inputs.vae import read_stats
 from plumbing.checkpoints import open_checkpoint
-from plumbing.files import as_program, mistakes
+from plumbing.files import mistakes
 from plumbing.flags import make_parser
 from plumbing.processes import STOPPED
 from plumbing.records import rows_of

@@ -16,6 +16,9 @@ results.json, table.md and what_matters.png. Who was stopped goes on; teachers a
 results.json is not made again.
 """
 
+from plumbing.interrupts import as_program  # before torch
+
+# isort: split
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +38,7 @@ from experiments.token_sources import pixels
 from experiments.what_matters_report import ARMS, known, report
 from inputs.teachers import find_encoder, load_encoder
 from inputs.tokens import Tokens, folder_of, write_tokens
-from plumbing.files import as_program, lock, mistakes
+from plumbing.files import lock, mistakes
 from plumbing.flags import make_parser
 from plumbing.processes import Ranks, pick_device
 from plumbing.records import rows_of

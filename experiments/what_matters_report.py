@@ -123,7 +123,11 @@ def draw(result, found, correlated, name, path):
         if gains := [*gains_of(found[title]).values()]:
             bars.barh(i, statistics.mean(gains), color="C2", alpha=0.5)
             bars.plot(gains, [i] * len(gains), "k.", markersize=4)
-    bars.set_yticks(range(len(titles)), [f"{title}  {i + 1}" for i, title in enumerate(titles)], fontsize=9)
+        beside = dict(transform=bars.get_yaxis_transform(), fontsize=8, verticalalignment="center")
+        bars.text(0.02, i, title, **beside)  # within, where it makes no panel smaller
+    low, high = bars.get_xlim()
+    bars.set_xlim(low - (high - low) * 0.8, high)
+    bars.set_yticks(range(len(titles)), range(1, len(titles) + 1), fontsize=9)
     bars.invert_yaxis()
     bars.axvline(0, color="black", linewidth=1)
     bars.set(xlabel="REPA's distance minus iREPA's, a dot a seed", title="what iREPA gains")

@@ -83,8 +83,7 @@ class Zip:
         return f"{self.path}:{self.members[i]}"
 
     def zip(self):
-        key = os.getpid()  # an open file position cannot be shared between processes
-        if key not in self.zips:
+        if (key := os.getpid()) not in self.zips:  # an open file position cannot be shared between processes
             self.zips = {key: zipfile.ZipFile(self.path)}
         return self.zips[key]
 

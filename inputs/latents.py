@@ -7,6 +7,9 @@ Started again, it goes on where it was stopped. A cache serves any scale of its 
 manifest holds their mean and standard deviation over the set.
 """
 
+from plumbing.interrupts import as_program  # before torch
+
+# isort: split
 import json
 import time
 from contextlib import nullcontext
@@ -19,7 +22,7 @@ import torch
 from inputs.images import DATA, Batch, ImageSet, Source
 from inputs.shards import Shards, begin, labels_of, positive, read_manifest, refuse_other
 from inputs.vae import FITS, encode, load_vae, same_spec
-from plumbing.files import as_program, lock, mistakes, write_text
+from plumbing.files import lock, mistakes, write_text
 from plumbing.flags import add_flags, make_parser
 from plumbing.processes import Ranks, is_first, pick_device, start_ranks
 

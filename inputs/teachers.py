@@ -9,6 +9,9 @@ the spatial norm is the method's, not the teacher's. A name is hog or sift (no w
 timm:<id>, any network that timm makes maps of; NAME@N picks the N-th of these, or of a ViT block N.
 """
 
+from plumbing.interrupts import as_program  # before torch
+
+# isort: split
 import difflib
 import pkgutil
 import re
@@ -26,7 +29,7 @@ from inputs.encoders import ENCODERS, Encoder, list_encoders, package_of, weight
 from inputs.foreign import build_webssl, fit, lite_names, mocov3_names, read_weights, timm_names, webssl_names
 from inputs.images import DATA, ImageSet, Source
 from inputs.tokens import Tokens, folder_of, write_tokens
-from plumbing.files import as_program, downloaded, free_at, mistakes, one_line
+from plumbing.files import downloaded, free_at, mistakes, one_line
 from plumbing.flags import add_flags, make_parser
 from plumbing.processes import fast_bf16, is_first, pick_device, start_ranks
 

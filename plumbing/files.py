@@ -52,14 +52,6 @@ def mistakes(program, *kinds):
         raise SystemExit(2) from error
 
 
-def as_program(main):
-    """main() of a file that is run: Ctrl-C, where nobody else takes it, ends it without a traceback."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 def write_whole(path, save):
     """All of what save(file) writes or nothing under `path`: killed while writing, what was there before stays.
 

@@ -1,11 +1,9 @@
 """The machine: devices, processes of one run, precision, signals."""
 
 import atexit
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import NamedTuple
@@ -16,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, get_worker_info
 
+import fid
 from plumbing.files import one_line
 
 STOPPED = 75  # exit code after a signal: saved, start it again (EX_TEMPFAIL)
@@ -30,29 +29,10 @@ def pick_device(name):
     if several and absent:
         why = f"{several} is set, but not {', '.join(absent)}"
         raise ValueError(f"{why}: start it with torchrun, or unset {several}")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} cannot be used here: {one_line(e)}") from e
+    device = fid.pick_device(name)  # on CPUs it also keeps memory: an eighth of a step, a sixth of one not compiled
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":
-        keep_memory()
     return device
-
-
-def keep_memory():
-    """Let glibc keep what is freed for the tensors to come. It would give large ones back to the kernel at once and get
-    them again, zeroed page by page, in each step: an eighth of its time, a sixth where nothing is compiled."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # not in musl
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: none lies outside the heap
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 def device_name(device):

@@ -1,7 +1,11 @@
 """The house: who may import whom, what stands at the top of a file, who names a variant, and how long files may be."""
 
 import ast
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -14,7 +18,8 @@ def module_of(file):
 
 # from the bottom up: a file imports from rooms below its own, and within its room without a circle
 ROOMS = [
-    {"irepa", "fid", "plumbing.files", "plumbing.processes", "plumbing.flags", "plumbing.methods"},
+    {"irepa", "fid", "plumbing.files", "plumbing.processes", "plumbing.flags", "plumbing.methods"}
+    | {"plumbing.interrupts"},
     {"inputs"},
     {"variants"},
     {"plumbing"},
@@ -33,12 +38,17 @@ LINES = {
 }
 OTHER_CODE = {"experiments.benchmark_official", "tests.processes"}  # import the official code, and copies of the tree
 NOT_OURS = {"runs", "data", "venv", "site-packages"}
+FIRST = """
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+"""
 FILES = [
     file
     for file in sorted(HERE.rglob("*.py"))
     if not any(part in NOT_OURS or part.startswith(".") for part in file.relative_to(HERE).parts)
 ]
 CODE = [file for file in FILES if not module_of(file).startswith(("tests.", "test_irepa"))]
+PROGRAMS = [file for file in CODE if '\nif __name__ == "__main__":\n' in file.read_text()]
 NAMELESS = [file for file in FILES if file.relative_to(HERE).parts[0] not in ("variants", "tests")]
 
 
@@ -97,9 +107,28 @@ def test_imports_stand_at_the_top(file):
     assert not re.search(r"#\s*noqa", text)
     tricks = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"]
     assert not tricks or module_of(file) in OTHER_CODE
-    kinds = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body[1:]]  # behind the docstring
+    guards = ast.parse(FIRST).body if file.name == "fid.py" else []  # which stands alone
+    nodes = [node for node in tree.body[1:] if ast.dump(node) not in map(ast.dump, guards)]  # behind the docstring
+    kinds = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes]
     assert ast.get_docstring(tree) and kinds == sorted(kinds, reverse=True)
     assert file.name != "__init__.py"  # folders of modules, no packages
+
+
+@pytest.mark.parametrize("file", PROGRAMS, ids=module_of)
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(file, tmp_path):
+    (tmp_path / "torch.py").write_text(f"import os, time; os.kill(os.getpid(), {signal.SIGINT:d}); time.sleep(9)")
+    command = [sys.executable, "-m", module_of(file)]
+    how = dict(env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=HERE, capture_output=True)
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script may have it ignored
+    ended = subprocess.run(command, **how)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")
+
+
+def test_whoever_imports_a_program_sees_their_own_ctrl_c(tmp_path):
+    (tmp_path / "mine.py").write_text("import sample, train, fid\nraise KeyboardInterrupt")
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    ended = subprocess.run([sys.executable, tmp_path / "mine.py"], env=env, capture_output=True, text=True)
+    assert ended.stderr.startswith("Traceback") and ended.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize("file", NAMELESS, ids=module_of)
