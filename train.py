@@ -38,6 +38,7 @@ from irepa import draws, stream
 from plumbing.checkpoints import hold_folder
 from plumbing.files import mistakes
 from plumbing.jobs import begin_log, finish, names_of, open_job, save
+from plumbing.methods import Unkept
 from plumbing.processes import compile_blocks, is_first, noted_signals, read_ahead, spared, start_ranks
 from plumbing.records import Meter, append, plot, progress, save_grid, save_progress, to_uint8, warned
 from plumbing.trackers import Untracked
@@ -340,7 +341,8 @@ def main(argv=None):
     with mistakes("train.py"):
         job = open_job(argv, __doc__, Learner)
         folder_lock = hold_folder(Path(job.run.out), job.run.resume) if is_first() else nullcontext()
-    with folder_lock, noted_signals() as signals, mistakes("train.py", BrokenImage, FloatingPointError, Untracked):
+    kinds = BrokenImage, FloatingPointError, Unkept, Untracked
+    with folder_lock, noted_signals() as signals, mistakes("train.py", *kinds):
         train(job, signals)
 
 

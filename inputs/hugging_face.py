@@ -45,7 +45,8 @@ def rows_of_disk(path):
     if os.path.exists(os.path.join(path, "dataset_dict.json")):
         splits = sorted(e.name for e in os.scandir(path) if e.is_dir())
         first = next((s for s in splits if s.startswith("train")), splits[0] if splits else "train")
-        raise ValueError(f"{shown(path)} holds {', '.join(splits)}: name one of them, such as --data {path}/{first}")
+        which = "name one of them, such as" if len(splits) > 1 else "name it:"
+        raise ValueError(f"{shown(path)} holds {', '.join(splits)}: {which} --data {path}/{first}")
     try:
         rows = datasets.load_from_disk(path)
     except Exception as e:  # of arrow, json and files, which have no common class
@@ -100,6 +101,8 @@ def by_column(path, kind, rows, notes):
     if not label:
         notes = [*notes, f"no column label or fine_label (there are {columns})"]
         return f"{kind} without classes", files, *no_classes(len(files)), source, notes
+    others = [name for name in ("fine_label", "coarse_label") if name in rows.column_names and name != label]
+    notes = [*notes, f"labels of {label}, not of {', '.join(others)}"] if others else notes
     names, stored = getattr(rows.features[label], "names", None), rows.data.column(label).to_pylist()
     if all(isinstance(value, str) for value in stored):
         names = sorted(set(stored))

@@ -110,7 +110,9 @@ def numbered(path, labels, names=None):
     array = np.asarray(labels)
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= MOST:
         odd = next((x for x in labels if type(x) is not int or not 0 <= x < MOST), labels[0])
-        raise ValueError(f"{shown(path)}: labels are whole numbers from 0 to {MOST - 1:,}, and one is {odd!r}")
+        why = f"labels are whole numbers from 0 to {MOST - 1:,}, and one is {odd!r}"
+        why += ", which stands for an image without a label: take the part that has them" if odd == -1 else ""
+        raise ValueError(f"{shown(path)}: {why}")
     classes = names or [str(i) for i in range(array.max() + 1)]
     if array.max() >= len(classes):
         raise ValueError(f"{shown(path)}: a label is {array.max()}, and there are names of {len(classes)} classes")

@@ -357,6 +357,8 @@ def main(argv=None):
         data = ImageSet(asked.data or DATA, asked.image_size, asked.skip_broken, is_first(), asked.skip_broken)
         if is_first():
             print("\n".join([str(data), *(f"another image stands in: {broken}" for broken in data.broken)]))
+            if asked.encoder_weights == "random":
+                print("warning: the teacher's weights are random; this is for tests only")
         refuse_full_disk(asked, entries, len(data))
         ranks = start_ranks(device, 24 * 60)  # the first to finish waits for the last
         for name in asked.encoder:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from plumbing.files import downloaded, one_line, read_pt
 from plumbing.processes import is_first
@@ -185,14 +186,17 @@ def to_latent(moments, noise, spec):
 
 @torch.no_grad()
 def decode(vae, z, spec):
-    """Latents [B, C, h, w] -> images [B, 3, H, W] in about [-1, 1], float32; eight at a time, for the memory's sake.
+    """Latents [B, C, h, w] -> images [B, 3, H, W] in about [-1, 1], float32; eight at a time, for the memory's sake, on
+    CPUs, where one may take seconds, each alone.
 
     FloatingPointError where a number of them is not finite.
     """
     scale, bias = per_channel(spec, z)
     with torch.autocast(z.device.type, enabled=False):
         z = (z.float() / scale + bias).to(vae.dtype)
-        images = torch.cat([vae.decode(part).sample.float() for part in z.split(8)])
+        parts = z.split(1 if z.device.type == "cpu" else 8)
+        shown = tqdm(parts, "decoding", unit="img", delay=5, leave=False, disable=not is_first())
+        images = torch.cat([vae.decode(part).sample.float() for part in shown])
     if not torch.isfinite(images).all():
         raise FloatingPointError("the VAE made images that are not finite")
     return images

@@ -6,6 +6,7 @@ A comment on a line of its own is the heading of the flags below it; a field wit
 import argparse
 import difflib
 import inspect
+import os
 import re
 import sys
 import typing
@@ -98,6 +99,8 @@ class Parser(argparse.ArgumentParser):
                 known = [*self._option_string_actions]
                 near = [k for k in known if k.startswith(flag)] or difflib.get_close_matches(flag, known, 1, 0.7)
                 message += f"; did you mean {near[0]}?" if near else ""
+            if os.path.exists(message.rpartition(" ")[2]):
+                message += "; if the shell made these names of a pattern, write it in quotes"
         super().error(message)
 
 

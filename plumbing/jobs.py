@@ -17,7 +17,7 @@ from inputs.vae import FITS, SCALE, VAES, Latents, read_stats, same_spec
 from irepa import draws, stream
 from plumbing.checkpoints import initial_weights, refuse_used, same_run, same_settings, save_checkpoint
 from plumbing.files import one_line, shown
-from plumbing.methods import Method
+from plumbing.methods import OWN, Method
 from plumbing.plan import plan
 from plumbing.processes import STOPPED, device_name, fast_bf16, is_first, mixed, pick_device, settle_compile
 from plumbing.records import open_log, versions, warned
@@ -133,6 +133,9 @@ def open_images(run, tokens, aligned):
             return tokens.images
         if (Path(run.latents) / "manifest.json").exists():
             return Recorded(run.latents, manifest_of(run.latents))
+    if run.data is None and not Path(DATA).exists():
+        whose = " and ".join(filter(None, (run.latents, run.tokens)))
+        raise FileNotFoundError(f"{DATA} does not exist: name with --data the images or labels that go with {whose}")
     run.data = run.data or DATA
     if not Labels.takes(run.data):
         return ImageSet(run.data, run.image_size, run.skip_broken, needed=needed, later=True)
@@ -218,6 +221,8 @@ def begin_log(job, networks, ranks, start, training):
     classes = f"{training} images in {many} class{'es' if many > 1 else ''} to train on"
     held = f"{len(job.data) - training} held out"
     how = ", compiled, which the first steps wait for" if run.compile else ""
+    if run.method not in OWN:
+        print(f"variants/{run.method}.py gives {', '.join(job.method.own) or 'settings'}; all else is irepa.py's")
     print(f"{run.method} on {job.device}{how}: {sizes}, {classes}, {held}, step {start} of {run.steps}")
     return log, open_trackers(run, record, start)
 
@@ -255,5 +260,6 @@ def finish(job, done, stop, saved, broken):
         if latent and not job.method.stored_vae:
             flags += f" --vae {run.vae}" if latent.spec["vae"] == "local" else ""
             flags += f" --vae-weights {run.vae_weights}" if run.vae_weights else ""
-        look = f"{out}/samples and {out}/curves.png show" if run.sample_every else f"{out}/curves.png shows"
+        drawn = any((Path(out) / "samples").glob("step-*.png"))  # a signal leaves a grid out
+        look = f"{out}/samples and {out}/curves.png show" if drawn else f"{out}/curves.png shows"
         print(f"{look} the run; next: python sample.py --ckpt {out}/last.pt{flags}")

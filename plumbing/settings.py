@@ -73,7 +73,7 @@ class Run(VaeSource, TeacherSource):
     log_every: int = 100  # steps
     ckpt_every: int = 10_000  # steps
     keep: int = 2  # newest checkpoints kept by number, step-N.pt, beside last.pt
-    sample_every: int = 10_000  # steps between grids of samples; 0 is never
+    sample_every: int = 10_000  # steps between grids of samples, the last at the end; 0 is never
     sample_cfg: float = 1.0  # guidance scale of the grids; 1 is none
     tensorboard: bool = False  # the log and the grids also in OUT/tensorboard; pip install tensorboard
     wandb: str | None = None  # project of Weights & Biases that gets the log and the grids, too; pip install wandb
@@ -153,7 +153,7 @@ def settle_scale(run, given, checkpoint):
     """Which scale of the latents, where the flags leave it open; ValueError where they do not fit together."""
     if run.vae is None:
         if "latent_scale" in given:
-            raise ValueError("--latent-scale goes with a --vae, and with images from 128 px up")
+            raise ValueError("--latent-scale goes with a --vae, which below 128 px has to be named")
         run.latent_scale = ""
         return
     run.latent_scale = run.latent_scale or ("set" if run.latents else "vae")
@@ -254,7 +254,7 @@ def check(run, method):
             f"--batch-size {run.batch_size} does not divide by {world} processes x --accumulate {run.accumulate}"
         )
     if run.latents and run.vae is None:
-        raise ValueError("--latents goes with a --vae, and with images from 128 px up")
+        raise ValueError("--latents goes with a --vae, which below 128 px has to be named")
     if run.tokens and run.flip:
         raise ValueError("--flip mirrors images, and --tokens holds none of mirrored ones: --no-flip, or no --tokens")
     if run.tokens and run.encoder_weights:

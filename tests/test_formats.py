@@ -267,14 +267,19 @@ def test_labels_of_hugging_face_rows(tmp_path):
     assert listing(tmp_path / "none").classes == ["images"] and "no column label" in listing(tmp_path / "none").notes[0]
     rows.add_column("label", [1, 4, 1]).save_to_disk(tmp_path / "numbers")
     assert listing(tmp_path / "numbers").classes == ["0", "1", "2", "3", "4"]
+    both = rows.add_column("fine_label", [0, 1, 1]).add_column("coarse_label", [5, 5, 5])
+    both.save_to_disk(tmp_path / "both")
+    assert "labels of fine_label, not of coarse_label" in listing(tmp_path / "both").notes
     rows.add_column("label", [-1, -1, -1]).save_to_disk(tmp_path / "hidden")
-    refused("whole numbers from 0 to 99,999, and one is -1", tmp_path / "hidden")
+    refused("whole numbers from 0 to 99,999, and one is -1, which stands for an image without", tmp_path / "hidden")
     rows.rename_column("img", "picture").save_to_disk(tmp_path / "picture")
     refused(r"no column image or img \(there are picture\)", tmp_path / "picture")
     datasets.Dataset.from_dict(dict(image=[1, 2, 3])).save_to_disk(tmp_path / "odd")
     refused("its column image holds no images", tmp_path / "odd")
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "dict")
     refused("holds test, train: name one of them, such as --data .*/dict/train", tmp_path / "dict")
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "one")
+    refused("holds train: name it: --data .*/one/train", tmp_path / "one")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
     refused("bad.parquet cannot be read as parquet", tmp_path / "bad.parquet")
 

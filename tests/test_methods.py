@@ -92,12 +92,38 @@ def test_a_new_method_is_one_new_file(tmp_path):
         ("delta: float = 1.0  # errors", "lr: float = 1.0\n    # errors", "Config.lr has the name of another flag"),
         ("float = 1.0  #", "list = None  #", "variants.mine: Config.delta is <class 'list'>, and a flag takes int"),
         ("warmup=0", "stepz=5", "variants/mine.py: TRAINING or DEMO has stepz, which is no setting"),
+        (", part=(0, 1))", ")", "variants/mine.py: loss cannot be called as loss(model, x, y, target, config"),
     ],
 )
 def test_a_mistaken_method_is_named(tmp_path, monkeypatch, capsys, old, new, message):
     mine(tmp_path, monkeypatch, HUBER.replace(old, new))
     assert message in refused(capsys, run, *DEMO, "--method", "mine", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "returned,message",
+    [
+        ("v.mean()", "returns a Tensor, not a dict of the scalars loss, denoise, align"),
+        ("None", "returns a NoneType, not a dict"),
+        ("dict(loss=v.mean())", "returns a dict of loss, not a dict"),
+        ("{**terms, 'each': v.mean((1, 2, 3))}", "its term each is of shape [8], not a tensor of one number"),
+        ("{**terms, 'mine': 0.5}", "its term mine is a float, not a tensor of one number"),
+        ("{**terms, 'seconds': v.mean()}", "its term seconds has the name of another column of the log"),
+    ],
+)
+def test_what_a_loss_returns_is_looked_at_in_the_first_step(tmp_path, monkeypatch, capsys, returned, message):
+    mine(tmp_path, monkeypatch, HUBER.replace("    return ", "    terms = ") + f"    return {returned}\n")
+    said = refused(capsys, run, *DEMO, "--method", "mine", "--steps", 9, "--out", tmp_path / "run")
+    assert f"variants/mine.py: loss{'' if 'returns' in message else ':'} {message}" in said
+
+
+def test_a_run_says_what_its_method_brings(tmp_path, monkeypatch, capsys):
+    mine(tmp_path, monkeypatch, HUBER.replace("def loss(", "def losses("))
+    run(*DEMO, "--method", "mine", "--steps", 1, "--out", tmp_path / "run")
+    assert "variants/mine.py gives Config, Sampling; all else is irepa.py's" in capsys.readouterr().out
+    (tmp_path / "irepa.py").write_text(HUBER)
+    assert "variants/irepa.py has the name of a method of irepa.py" in refused(capsys, run, "--method", "irepa")
 
 
 def test_types_may_be_text(tmp_path, monkeypatch, capsys):

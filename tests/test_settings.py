@@ -47,6 +47,9 @@ def test_flags_win_over_presets_and_presets_over_defaults(capsys):
         settings("--kernel", "3", "--lerning-rate", "1")
     # a flag is written out
     assert stop.value.code == 2 and "unrecognized arguments: --kernel 3 --lerning-rate 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        settings("--data", "train-0.parquet", __file__)  # as the shell makes it of a pattern
+    assert "made these names of a pattern, write it in quotes" in capsys.readouterr().err
 
 
 def test_each_field_is_a_flag_with_its_comment_as_help(capsys):

@@ -296,7 +296,7 @@ def test_a_compiler_survives_ctrl_c(capfd):
     process.wait()
 
 
-def test_a_signal_ends_a_grid_and_leaves_no_half_of_it(photos, tmp_path, monkeypatch):
+def test_a_signal_ends_a_grid_and_leaves_no_half_of_it(photos, tmp_path, monkeypatch, capsys):
     save = Image.Image.save
 
     def stopped(image, file, *args, **settings):
@@ -311,6 +311,8 @@ def test_a_signal_ends_a_grid_and_leaves_no_half_of_it(photos, tmp_path, monkeyp
         run(*RUN, "--data", photos, "--out", tmp_path / "run", "--sample-every", 2)
     assert stop.value.code == 75 and torch.load(tmp_path / "run/last.pt")["step"] == 2
     assert not list((tmp_path / "run/samples").iterdir())
+    run(*RUN, "--data", photos, "--out", tmp_path / "last", "--steps", 2, "--sample-every", 2)  # in the last one
+    assert f"{tmp_path}/last/curves.png shows the run" in capsys.readouterr().out
 
 
 def test_workers_that_give_nothing_keep_no_run(photos, tmp_path, monkeypatch, capsys):
