@@ -49,7 +49,7 @@ from plumbing import jobs
 from plumbing.checkpoints import read_checkpoint
 from plumbing.files import lock, mistakes, sha256_of, write_text, write_whole
 from plumbing.flags import make_parser
-from plumbing.processes import fast_bf16, pick_device, settle_compile
+from plumbing.processes import STOPPED, fast_bf16, pick_device, settle_compile
 from plumbing.records import rows_of
 from plumbing.settings import network_config, resolve
 
@@ -190,7 +190,12 @@ def reference_of(name, features, digest, args, data, training, device):
 def call(module, flags, processes):
     """train.py or sample.py with flags: here, or under torchrun on several processes."""
     if processes == 1:
-        return module.main(flags)
+        try:
+            return module.main(flags)
+        except SystemExit as stop:
+            if stop.code == STOPPED:  # which tells how that run goes on alone
+                print("of a comparison: the same command goes on with it")
+            raise
     run = subprocess.run(["torchrun", f"--nproc_per_node={processes}", module.__file__, *flags])
     if run.returncode:
         raise SystemExit(run.returncode)  # it has said why

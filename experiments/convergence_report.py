@@ -203,7 +203,9 @@ def plot(runs, arms, facts, base, path):
             axis.text(1.02, height, arm, color=colour, transform=axis.transAxes, va="center")
         if "minus" in label:
             axis.axhline(0, color="C0", linewidth=1)
-    figure.suptitle("training by arm: the mean over seeds, bands from the least to the most; lower is better")
+    seeds = max(len(curves) for of_arms in panels.values() for curves in of_arms.values())
+    bands = "the mean over seeds, bands from the least to the most" if seeds > 1 else "one seed"
+    figure.suptitle(f"training by arm: {bands}; lower is better")
     figure.savefig(path, dpi=120)
 
 

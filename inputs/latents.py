@@ -32,7 +32,7 @@ class VaeSource(Source):
     """Images and the VAE that sees them."""
 
     # latents
-    vae: str | None = ""  # sd-vae-ft-mse (from 128 px up), sd-vae-ft-ema, tiny (untrained), folder, file, or none: pixels
+    vae: str | None = ""  # sd-vae-ft-mse (from 128 px up), sd-vae-ft-ema, tiny (untrained), a folder or file, or none
     vae_weights: str | None = None  # 'random' instead of the VAE's own, for tests only
     vae_precision: str = "fp32"  # of the VAE's encoder and decoder: fp32 or bf16
 
